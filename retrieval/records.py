@@ -1,0 +1,112 @@
+"""Documents, chunks, passages, hits and questions: the records that the other rooms read.
+
+Offsets are character offsets into `Document.text`: `document.text[start:end] == chunk.text`. The heading is a field
+of its own, joined to the text only for embedding and prompting. Imports no torch, ray or faiss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.records import Record
+
+
+@dataclass(frozen=True)
+class Document(Record):
+    """One source document, as read."""
+
+    doc_id: str
+    title: str
+    text: str
+    uri: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk(Record):
+    """A span of a document; `chunk_id` hashes doc_id, text and occurrence."""
+
+    chunk_id: str
+    doc_id: str
+    title: str
+    heading: str
+    text: str
+    start: int
+    end: int
+    tokens: int
+    uri: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passage(Record):
+    """What a model is shown, in training and in serving alike."""
+
+    chunk_id: str
+    doc_id: str
+    title: str
+    heading: str
+    uri: str
+    text: str
+    start: int
+    end: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Passage:
+        """The passage that shows `chunk`."""
+        return cls(
+            chunk.chunk_id,
+            chunk.doc_id,
+            chunk.title,
+            chunk.heading,
+            chunk.uri,
+            chunk.text,
+            chunk.start,
+            chunk.end,
+            chunk.metadata,
+        )
+
+
+@dataclass(frozen=True)
+class Hit(Record):
+    """A passage found by a search; rank counts from 1, a higher score is better."""
+
+    passage: Passage
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Golden(Record):
+    """Where a question's answer stands: a document, or a character span of it."""
+
+    doc_id: str
+    start: int | None = None
+    end: int | None = None
+
+    def matches(self, passage: Passage | Chunk) -> bool:
+        """Whether the passage holds this golden span whole (or is of the document, where no span is given).
+
+        A span that a chunk boundary cuts counts for the passage that holds its larger part.
+        """
+        if passage.doc_id != self.doc_id:
+            return False
+        if self.start is None or self.end is None:
+            return True
+        overlap = min(self.end, passage.end) - max(self.start, passage.start)
+        return overlap * 2 > self.end - self.start
+
+
+@dataclass(frozen=True)
+class Question(Record):
+    """A question with its accepted answers and golden places; `split` is train, valid, test_new_questions or
+    test_new_documents (empty: not yet split). `metadata.kind` names the kind of question where there is one."""
+
+    question_id: str
+    text: str
+    answers: tuple[str, ...] = ()
+    golden: tuple[Golden, ...] = ()
+    split: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
