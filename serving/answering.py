@@ -1,0 +1,152 @@
+"""From a question to a generation request, and from a completion to an answer: pure functions.
+
+In: a question, a strategy, the hits found for it, the completion. Out: the request, and the `Answer` with its quotes
+checked against the passages that the model was shown. Serving and offline evaluation call the same functions, so
+their answers are the same. Not covered: searching, generating, HTTP. Imports no torch, ray or faiss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from retrieval.records import Hit
+from serving.config import GenerationConfig
+from serving.engine import Completion, GenerationRequest
+from serving.records import Answer, Route, Timings, Usage
+from serving.strategies import HYBRID, STRATEGIES, Strategy
+from training.format import Citation, Labels, PromptFormat, WorkedExample
+
+
+def prepare(
+    question: str,
+    strategy: Strategy,
+    hits: Sequence[Hit],
+    prompt_format: PromptFormat,
+    examples: Sequence[WorkedExample],
+    generation: GenerationConfig,
+    *,
+    request_id: str = "",
+    seed: int = 0,
+) -> GenerationRequest:
+    """The request that asks `question` under `strategy`; `hits` (in rank order) and `examples` are used where the
+    strategy shows them, and left out where it does not."""
+    passages = [hit.passage for hit in hits[: generation.passages]] if strategy.retrieves else None
+    shown = examples[: generation.examples] if strategy.few_shot else ()
+    return GenerationRequest(
+        request_id=request_id,
+        messages=tuple(prompt_format.messages(question, passages, shown)),
+        adapter=strategy.adapter,
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        seed=seed,
+    )
+
+
+def finish(
+    completion: Completion,
+    strategy: Strategy,
+    hits: Sequence[Hit],
+    prompt_format: PromptFormat,
+    *,
+    question_id: str = "",
+    route: Route | None = None,
+    retrieval_ms: float = 0.0,
+    total_ms: float | None = None,
+    passages: int | None = None,
+    release: str = "",
+) -> Answer:
+    """The answer that `completion` holds, its quotes verified against the hits shown.
+
+    Args:
+        completion: What the engine returned; one that ended in an error becomes an abstention with that error.
+        strategy: The strategy that was asked.
+        hits: The hits that were given to `prepare`.
+        prompt_format: The format that the prompt was written in.
+        question_id: Id of the question, offline.
+        route: How the strategy was chosen; none says that it was asked for.
+        retrieval_ms: Milliseconds spent searching.
+        total_ms: Milliseconds from question to answer; none adds up the hops.
+        passages: `generation.passages` where `hits` may hold more than were shown; none takes all hits.
+        release: The release that answered.
+    """
+    shown = tuple(hits[:passages]) if strategy.retrieves else ()
+    parsed = prompt_format.parse(completion.text, [hit.passage for hit in shown])
+    failed = completion.finish_reason == "error"
+    hops = retrieval_ms + completion.queue_ms + completion.generation_ms
+    return Answer(
+        request_id=completion.request_id,
+        question_id=question_id,
+        text=completion.text,
+        reasoning=parsed.reasoning,
+        answer=parsed.answer,
+        quotes=parsed.quotes,
+        citations=parsed.citations,
+        strategy=strategy.name,
+        route=route or Route(strategy.name, reason="asked for"),
+        abstained=parsed.abstained or failed,
+        finish_reason=completion.finish_reason,
+        error=completion.error,
+        hits=shown,
+        usage=Usage(completion.prompt_tokens, completion.completion_tokens),
+        timings_ms=Timings(
+            retrieval=retrieval_ms,
+            queue=completion.queue_ms,
+            generation=completion.generation_ms,
+            total=hops if total_ms is None else total_ms,
+        ),
+        release=release,
+    )
+
+
+def verified(answer: Answer) -> tuple[Citation, ...]:
+    """The citations that may be shown as sources."""
+    return tuple(citation for citation in answer.citations if citation.verified)
+
+
+def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, route: Route) -> Answer:
+    """The hybrid answer: `cited` when one of its quotes verifies, else `closed_book` (without a source), else an
+    abstention. Tokens are added up; the two ran side by side, so the longer time counts."""
+    if verified(cited) and not cited.abstained:
+        chosen = cited
+    elif not closed_book.abstained:
+        chosen = dataclasses.replace(closed_book, hits=cited.hits)
+    else:
+        chosen = dataclasses.replace(
+            cited, answer=prompt_format.texts.abstention, quotes=(), citations=(), abstained=True
+        )
+    slower = max(cited.timings_ms, closed_book.timings_ms, key=lambda timings: timings.total)
+    return dataclasses.replace(
+        chosen,
+        strategy=HYBRID,
+        route=route,
+        usage=Usage(
+            cited.usage.prompt_tokens + closed_book.usage.prompt_tokens,
+            cited.usage.completion_tokens + closed_book.usage.completion_tokens,
+        ),
+        timings_ms=dataclasses.replace(slower, retrieval=cited.timings_ms.retrieval),
+    )
+
+
+def notes(answer: Answer, labels: Labels) -> str:
+    """What follows the answer's own words: source markers and the list of sources, or why there is none."""
+    sources = list(dict.fromkeys(verified(answer)))
+    if answer.abstained:
+        return ""
+    if sources:
+        marks = "".join(f" [{number}]" for number in range(1, len(sources) + 1))
+        lines = [
+            f"[{number}] {citation.title}: “{' '.join(citation.quote.split())}”"
+            + (f" ({citation.uri})" if citation.uri else "")
+            for number, citation in enumerate(sources, start=1)
+        ]
+        return "\n".join([f"{marks}\n\n{labels.sources}:", *lines])
+    if answer.quotes:
+        return f" ({labels.unverified})"
+    closed_book = answer.strategy == HYBRID or not STRATEGIES[answer.strategy].retrieves
+    return f" ({labels.uncited})" if closed_book else ""
+
+
+def readable(answer: Answer, labels: Labels) -> str:
+    """The answer as a person wants to read it; a quote that does not verify is never listed as a source."""
+    return answer.answer + notes(answer, labels)
