@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import BaseRecipe, Section
 
@@ -43,7 +43,18 @@ class ChunkingConfig(Section):
     max_tokens: int = Field(default=96, ge=16)
     """Most tokens of a chunk, heading included, in the encoder's own tokenizer."""
     overlap_tokens: int = Field(default=0, ge=0)
-    """Tokens that neighbouring chunks of one section share."""
+    """Tokens that neighbouring chunks of one section share; less than half of `max_tokens`."""
+    merge: bool = True
+    """Small neighbouring subsections (level 3 and below) of one section share a chunk while the whole fits."""
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> ChunkingConfig:
+        if self.overlap_tokens * 2 >= self.max_tokens:
+            raise ValueError(
+                f"chunking.overlap_tokens must be less than half of max_tokens ({self.max_tokens}), "
+                f"got {self.overlap_tokens}"
+            )
+        return self
 
 
 class IndexConfig(Section):
