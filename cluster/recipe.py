@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen and key != "<<":
@@ -69,7 +69,7 @@ def find_recipe(path: str | Path) -> Path:
         return given
     if given.is_dir():
         raise UserError(f"{path}: this is a folder; a recipe is a YAML file")
-    if given.parent in (Path("."), Path("recipes")):
+    if given.parent in (Path(), Path("recipes")):
         packaged = PACKAGED / (given.name if given.suffix else f"{given.name}.yaml")
         if packaged.is_file():
             return packaged

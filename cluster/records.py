@@ -8,7 +8,6 @@ Imports no torch, ray or faiss; pyarrow is imported only when a schema is asked 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import types
 import typing
@@ -39,10 +38,14 @@ class Record:
         return pa.schema([(name, _arrow_type(hint)) for name, hint in _hints(cls).items()])
 
 
-@functools.cache
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if cls not in _HINTS:
+        hints = typing.get_type_hints(cls)
+        _HINTS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _HINTS[cls]
 
 
 def _strip_optional(hint: Any) -> Any:
