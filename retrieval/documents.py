@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from cluster.records import Record
+from retrieval.chunking import first_heading
 from retrieval.records import Document
 
 if TYPE_CHECKING:
@@ -109,9 +110,9 @@ def scan_corpus(path: str, seed: int, block_bytes: int | None = None) -> CorpusS
 def read_block(block: CorpusBlock) -> list[Document]:
     """The documents of one block (already checked by `scan_corpus`)."""
     if block.files:
-        filesystem, root = _filesystem(block.path)
+        filesystem, root = open_filesystem(block.path)
         return [_read_text_file(filesystem, root, name) for name in block.files]
-    filesystem, root = _filesystem(block.path)
+    filesystem, root = open_filesystem(block.path)
     with filesystem.open_input_file(root) as file:
         file.seek(block.start)
         data = file.read(block.end - block.start)
@@ -130,7 +131,7 @@ def corpus_digest(path: str) -> str:
         return digest_path(source.root)
     digest = hashlib.sha256()
     for name, _ in source.files:
-        digest.update(json.dumps([name, digest_path(_join(source.root, name))]).encode())
+        digest.update(json.dumps([name, digest_path(join_path(source.root, name))]).encode())
     return digest.hexdigest()
 
 
@@ -151,7 +152,8 @@ class _Reservoir:
             self.kept[slot] = text
 
 
-def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem behind a local path or a URI, and the path inside it."""
     import pyarrow.fs as pafs
 
     if "://" in path:
@@ -160,7 +162,8 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
 
 
-def _join(root: str, name: str) -> str:
+def join_path(root: str, name: str) -> str:
+    """`name` under `root`, for local paths and URIs alike."""
     return f"{root.rstrip('/')}/{name}" if name else root
 
 
@@ -173,7 +176,7 @@ def _locate(path: str) -> _Source:
             "(--set corpus.path=…)"
         )
     try:
-        filesystem, inner = _filesystem(path)
+        filesystem, inner = open_filesystem(path)
         info = filesystem.get_file_info(inner)
     except (OSError, ValueError) as error:
         raise UserError(f"corpus.path: cannot read {path}: {_one_line(error)}") from error
@@ -182,9 +185,9 @@ def _locate(path: str) -> _Source:
         raise UserError(f"corpus.path: {path} does not exist: give a corpus.jsonl or a folder of .txt / .md documents")
     if info.type == pafs.FileType.File:
         return _locate_file(filesystem, root, info)
-    corpus_file = filesystem.get_file_info(_join(inner, "corpus.jsonl"))
+    corpus_file = filesystem.get_file_info(join_path(inner, "corpus.jsonl"))
     if corpus_file.type == pafs.FileType.File:
-        return _locate_file(filesystem, _join(root, "corpus.jsonl"), corpus_file)
+        return _locate_file(filesystem, join_path(root, "corpus.jsonl"), corpus_file)
     files = _text_files(filesystem, inner)
     if not files:
         raise UserError(f"corpus.path: {path} holds no .txt or .md documents and no corpus.jsonl")
@@ -235,13 +238,13 @@ def _documents_with_place(source: _Source) -> Iterator[tuple[str, int, Document]
 
 
 def _file_documents(source: _Source) -> Iterator[tuple[str, int, Document]]:
-    filesystem, root = _filesystem(source.root)
+    filesystem, root = open_filesystem(source.root)
     for name, size in source.files:
         yield name, size, _read_text_file(filesystem, root, name)
 
 
 def _line_documents(source: _Source) -> Iterator[tuple[str, int, Document]]:
-    filesystem, root = _filesystem(source.root)
+    filesystem, root = open_filesystem(source.root)
     with filesystem.open_input_file(root) as raw, io.BufferedReader(raw) as lines:
         passed = 0
         for number, line in enumerate(lines, start=1):
@@ -283,19 +286,17 @@ def _refuse_lone_surrogates(text: str, where: str) -> None:
 
 def _read_text_file(filesystem: pafs.FileSystem, root: str, name: str) -> Document:
     try:
-        with filesystem.open_input_stream(_join(root, name)) as file:
+        with filesystem.open_input_stream(join_path(root, name)) as file:
             text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        where = _join(root, name)
+        where = join_path(root, name)
         raise UserError(
             f"corpus.path: {where} is not UTF-8 (byte {error.start}): convert it, or move it away"
         ) from error
     except OSError as error:
-        raise UserError(f"corpus.path: cannot read {_join(root, name)}: {_one_line(error)}") from error
+        raise UserError(f"corpus.path: cannot read {join_path(root, name)}: {_one_line(error)}") from error
     title = PurePosixPath(name).stem
     if name.lower().endswith(MARKDOWN_SUFFIXES):
-        from retrieval.chunking import first_heading
-
         title = first_heading(text) or title
     return Document(name, title, text, name)
 

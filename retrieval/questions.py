@@ -98,5 +98,6 @@ def _parse_golden(entry: Any, where: str) -> Golden:
         if type(start) is int and type(end) is int and 0 <= start < end:
             return Golden(str(entry["doc_id"]), start, end)
     raise UserError(
-        f"{where}: golden entry {str(entry)[:80]} is neither a document id nor {{doc_id, start, end}} with 0 ≤ start < end"
+        f"{where}: golden entry {str(entry)[:80]} is neither a document id "
+        "nor {doc_id, start, end} with 0 ≤ start < end"
     )

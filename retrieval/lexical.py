@@ -1,0 +1,82 @@
+"""Lexical search: BM25 over words, and over character n-grams where a script writes no spaces.
+
+In: texts. Out: an index in safe files (npy arrays without pickle, JSON), and a score of every text for a query.
+It stands in where the encoder does not know the corpus's language, and needs no encoder itself.
+Not covered: stemming, stop words.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# Scripts that do not put spaces between words: Han, kana, Thai, Lao, Tibetan, Myanmar, Khmer; Hangul joins particles.
+_UNSPACED = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\uac00-\ud7af\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
+)
+_RUN = re.compile(rf"(?P<unspaced>[{_UNSPACED}]+)|[^\W_{_UNSPACED}]+")
+
+
+def tokenize(text: str) -> list[str]:
+    """Folded words (NFKC, case), and single characters and bigrams of runs in scripts without spaces.
+
+    Single characters are kept beside the bigrams: they carry one-character words and runs that punctuation cuts.
+    """
+    tokens: list[str] = []
+    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        run = match[0]
+        if match["unspaced"]:
+            tokens.extend(run)
+            tokens.extend(run[at : at + 2] for at in range(len(run) - 1))
+        else:
+            tokens.append(run)
+    return tokens
+
+
+class LexicalIndex:
+    """BM25 (Lucene's variant, k1 1.5, b 0.75) with scores computed at build time; see bm25s, arXiv 2407.03618."""
+
+    def __init__(self, bm25: Any) -> None:
+        """Wrap a `bm25s.BM25` that is built or loaded."""
+        self._bm25 = bm25
+        self.texts: int = int(bm25.scores["num_docs"])
+
+    @classmethod
+    def build(cls, texts: Iterable[str]) -> Self:
+        """Index `texts` (at least one); a text's place is its row in the scores."""
+        import bm25s
+
+        vocabulary: dict[str, int] = {"": 0}  # never searched for; keeps the vocabulary of blank texts from being empty
+        rows = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokenize(text)] for text in texts]
+        assert rows, "a lexical index needs at least one text"
+        bm25 = bm25s.BM25(method="lucene")
+        bm25.index((rows, vocabulary), create_empty_token=False, show_progress=False)
+        return cls(bm25)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read what `save` wrote. The caller has verified the files' digests."""
+        import bm25s
+
+        return cls(bm25s.BM25.load(str(directory), load_corpus=False, allow_pickle=False))
+
+    def save(self, directory: Path) -> None:
+        """Write npy arrays (no pickle) and JSON into `directory`."""
+        self._bm25.save(str(directory), allow_pickle=False, show_progress=False)
+
+    def scores(self, query: str) -> npt.NDArray[np.float32]:
+        """BM25 score of every text, (n_texts,) float32; 0 where no token is shared."""
+        import numpy as np
+
+        tokens = self._bm25.get_tokens_ids(tokenize(query))
+        if not tokens:
+            return np.zeros(self.texts, dtype=np.float32)
+        return np.asarray(self._bm25.get_scores_from_ids(tokens), dtype=np.float32)
