@@ -1,0 +1,143 @@
+"""A Ray session for a command: a quiet local Ray on loopback, or a running cluster.
+
+In: the recipe's `ray` section. Out: an initialised Ray inside the `with` block, shut down after it when this block
+started it. Our packages are importable on the workers whatever the working directory.
+Not covered: submitting jobs (`submit.py`), Serve's HTTP address, placement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import site
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RayConfig
+from cluster.errors import UserError
+
+PACKAGES = ("cluster", "retrieval", "training", "serving", "evaluation", "recipes")
+PACKAGES_ROOT = Path(__file__).resolve().parent.parent
+
+# Ray and its libraries read these once, when they are imported or when their processes start.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]:
+    """Have Ray initialised inside the block.
+
+    An already initialised Ray is used as it is and left running. Inside a Ray job the job's cluster is joined. With
+    `config.address` that cluster is joined and our packages travel there; otherwise a local Ray starts on loopback.
+    Workers' output is shown only with `RAYFT_LOG_WORKERS=1`.
+
+    Raises:
+        UserError: the cluster at `ray.address` cannot be joined.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": os.environ.get("RAYFT_LOG_WORKERS") == "1",
+    }
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _join(address, options, inside_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ)
+    else:
+        _start_local(config, options, dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: RayConfig, options: dict[str, Any], dashboard: bool) -> None:
+    import ray
+
+    protect_with_token()
+    with _importable():
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            **options,
+        )
+
+
+def _join(address: str, options: dict[str, Any], inside_job: bool) -> None:
+    import ray
+
+    use_token_if_available()
+    if not inside_job:  # a job brings the packages as its working directory
+        options["runtime_env"] = {"py_modules": shipped_modules()}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"ray.address: cannot join the Ray cluster at {address}: {reason}") from error
+
+
+def shipped_modules() -> list[str]:
+    """Paths of our packages and of the command, for a runtime environment's `py_modules`."""
+    return [str(PACKAGES_ROOT / package) for package in PACKAGES] + [str(PACKAGES_ROOT / "rayft.py")]
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Let the processes of a local Ray inherit a PYTHONPATH that holds our packages.
+
+    Installed packages need none, and `site-packages` must not come before the standard library.
+    """
+    installed = {Path(path).resolve() for path in (*site.getsitepackages(), sysconfig.get_path("purelib"))}
+    if PACKAGES_ROOT in installed:
+        yield
+        return
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGES_ROOT), before)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _token_file() -> Path:
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(given) if given else Path.home() / ".ray" / "auth_token"
+
+
+def protect_with_token() -> None:
+    """Let the local Ray demand the user's own token, or one that only this process and its children know.
+
+    Ray turns token authentication on by itself, and would write a new token under the home directory, where two first
+    starts race; with a token in the environment it writes nothing.
+    """
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces the mode as a warning
+    unspoken = "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ
+    if unspoken and not _token_file().is_file():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def use_token_if_available() -> None:
+    """Send the user's token to a running cluster, where there is one and `RAY_AUTH_MODE` says nothing else."""
+    if "RAY_AUTH_TOKEN" in os.environ or _token_file().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
