@@ -17,10 +17,24 @@ class EvaluateConfig(Section):
     """Most questions about documents never seen in training."""
     new_questions: int = Field(default=30, ge=0)
     """Most held-out questions about documents seen in training."""
+    latency_rows: int = Field(default=6, ge=0)
+    """Questions per strategy that are answered once more, one at a time, to measure a lone request's latency."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
     """Resamples behind each 95% interval."""
-    window_rows: int = Field(default=64, ge=1)
+    window_rows: int = Field(default=32, ge=1)
     """Questions answered and written together; the unit that a resumed run does not repeat."""
+    generators: int = Field(default=1, ge=1)
+    """Generation actors; on GPUs, one per GPU."""
+    retrievers: int = Field(default=1, ge=1)
+    """Retrieval actors."""
+    cpus_per_actor: float = Field(default=0.5, gt=0)
+    """CPUs that each actor claims from Ray; a fraction, so that both kinds fit on two cores."""
+    gpus_per_generator: float = Field(default=0, ge=0)
+    """GPUs that each generation actor claims."""
+    gpus_per_retriever: float = Field(default=0, ge=0)
+    """GPUs that each retrieval actor claims."""
+    worst_examples: int = Field(default=10, ge=0)
+    """Wrong answers that the report shows in full."""
 
 
 class PricesConfig(Section):

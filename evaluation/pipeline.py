@@ -1,0 +1,255 @@
+"""Windows of questions on their way through retrieval and generation: in this process, or on Ray Data.
+
+In: tasks (a window of questions for one strategy) and factories that open a retriever and an engine where the work is
+done. Out: results as they finish, one per task. One pool of engines serves the tasks of all strategies, so the model
+is loaded once per actor and not once per strategy. Not covered: what is durable (evaluation/windows.py, driver side).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import UserError
+from evaluation.answering import AnswerSettings, Generates, Searches, answer_singly, answer_window, retrieves
+from evaluation.config import EvaluateConfig
+from evaluation.records import Prediction
+from retrieval.records import Hit, Question
+
+_CACHED_QUERIES = 50_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A window of questions for one strategy; `single` answers them one at a time, as lone requests."""
+
+    strategy: str
+    number: int
+    questions: tuple[Question, ...]
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished task with the wall-clock seconds that it took."""
+
+    strategy: str
+    number: int
+    single: bool
+    predictions: tuple[Prediction, ...]
+    retrieval_s: float
+    generation_s: float
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How to open what answers questions; both are called where the work is done, so they must pickle."""
+
+    open_engine: Callable[[], Generates]
+    open_retriever: Callable[[], Searches] | None
+
+
+Runner = Callable[[Workers, AnswerSettings, Sequence[Task]], Iterator[Result]]
+
+
+class RetrieveStep:
+    """Finds the hits of a window in one batched search; a question that several strategies ask is searched once."""
+
+    def __init__(self, open_retriever: Callable[[], Searches], k: int) -> None:
+        self._retriever = open_retriever()
+        self._k = k
+        self._found: dict[str, tuple[list[Hit], float]] = {}
+
+    def __call__(self, task: Task) -> tuple[list[list[Hit]], float]:
+        """Hits per question, and the seconds that searching for them took (when it was first done)."""
+        if task.single or not retrieves(task.strategy):
+            return [[] for _ in task.questions], 0.0
+        texts = [question.text for question in task.questions]
+        unknown = list(dict.fromkeys(text for text in texts if text not in self._found))
+        if unknown:
+            if len(self._found) > _CACHED_QUERIES:
+                self._found.clear()
+                unknown = list(dict.fromkeys(texts))
+            began = time.perf_counter()
+            found = self._retriever.search(unknown, self._k)
+            seconds = (time.perf_counter() - began) / len(unknown)
+            self._found |= {text: (hits, seconds) for text, hits in zip(unknown, found, strict=True)}
+        return [self._found[text][0] for text in texts], sum(self._found[text][1] for text in texts)
+
+    def search_one(self, text: str) -> list[Hit]:
+        """The hits of one query, always searched anew."""
+        return self._retriever.search([text], self._k)[0]
+
+
+class AnswerStep:
+    """Answers windows with one engine. A single-request task searches in this process too, so that what it times is
+    one request from its question to its answer and nothing beside it."""
+
+    def __init__(self, workers: Workers, settings: AnswerSettings, retrieve: RetrieveStep | None = None) -> None:
+        self._workers = workers
+        self._settings = settings
+        self._retrieve = retrieve
+        self._engine = workers.open_engine()
+        self._warm: set[str] = set()
+
+    def __call__(self, task: Task, hits: Sequence[Sequence[Hit]], retrieval_s: float) -> Result:
+        """The task's predictions and times."""
+        began = time.perf_counter()
+        if task.single:
+            predictions = self._answer_singly(task)
+        else:
+            predictions = answer_window(
+                task.strategy,
+                task.questions,
+                hits,
+                self._engine,
+                self._settings,
+                retrieval_ms=1000 * retrieval_s / max(1, len(task.questions)),
+            )
+        self._warm.add(task.strategy)
+        seconds = time.perf_counter() - began
+        return Result(task.strategy, task.number, task.single, tuple(predictions), retrieval_s, seconds)
+
+    def _answer_singly(self, task: Task) -> list[Prediction]:
+        search = self._search_here if retrieves(task.strategy) else None
+        if task.strategy not in self._warm:  # the first request pays for set-up that no later one pays
+            answer_singly(task.strategy, task.questions[:1], search, self._engine, self._settings)
+        return answer_singly(task.strategy, task.questions, search, self._engine, self._settings)
+
+    def _search_here(self, text: str) -> list[Hit]:
+        if self._retrieve is None:
+            assert self._workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
+            self._retrieve = RetrieveStep(self._workers.open_retriever, self._settings.generation.passages)
+            self._retrieve.search_one(text)  # warm, as in a server
+        return self._retrieve.search_one(text)
+
+    def close(self) -> None:
+        """Frees the engine."""
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            close()
+
+
+def run_in_process(workers: Workers, settings: AnswerSettings, tasks: Sequence[Task]) -> Iterator[Result]:
+    """Does the tasks one after the other in this process, without Ray."""
+    retrieve = None
+    if any(retrieves(task.strategy) for task in tasks):
+        assert workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
+        retrieve = RetrieveStep(workers.open_retriever, settings.generation.passages)
+    step = AnswerStep(workers, settings, retrieve)
+    try:
+        for task in tasks:
+            hits, seconds = retrieve(task) if retrieve else ([[] for _ in task.questions], 0.0)
+            yield step(task, hits, seconds)
+    finally:
+        step.close()
+
+
+class _RetrieveActor:
+    """Ray Data's view of `RetrieveStep`: rows in, rows out."""
+
+    def __init__(self, workers: Workers, k: int) -> None:
+        assert workers.open_retriever is not None
+        self._step = RetrieveStep(workers.open_retriever, k)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        hits, seconds = self._step(_task_of(row))
+        found = [[hit.to_row() for hit in of_question] for of_question in hits]
+        return {**row, "hits": json.dumps(found, ensure_ascii=False), "retrieval_s": seconds}
+
+
+class _AnswerActor:
+    """Ray Data's view of `AnswerStep`: rows in, rows out."""
+
+    def __init__(self, workers: Workers, settings: AnswerSettings) -> None:
+        self._step = AnswerStep(workers, settings)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        hits = [[Hit.from_row(hit) for hit in of_question] for of_question in json.loads(row["hits"])]
+        result = self._step(_task_of(row), hits, float(row["retrieval_s"]))
+        predictions = [prediction.to_row() for prediction in result.predictions]
+        return {
+            "strategy": result.strategy,
+            "number": result.number,
+            "single": result.single,
+            "predictions": json.dumps(predictions, ensure_ascii=False),
+            "retrieval_s": result.retrieval_s,
+            "generation_s": result.generation_s,
+        }
+
+
+def run_on_ray(config: EvaluateConfig) -> Runner:
+    """A runner that streams the tasks through two Ray Data actor pools; needs a connected Ray."""
+
+    def run(workers: Workers, settings: AnswerSettings, tasks: Sequence[Task]) -> Iterator[Result]:
+        import ray.data
+        import ray.exceptions
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        rows = [_row_of(task) for task in tasks]
+        # One block per window: it is what an actor takes at once, and what the driver commits.
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        if any(retrieves(task.strategy) and not task.single for task in tasks):
+            dataset = dataset.map(
+                _RetrieveActor,
+                fn_constructor_args=(workers, settings.generation.passages),
+                compute=ray.data.ActorPoolStrategy(size=config.retrievers),
+                num_cpus=config.cpus_per_actor,
+                num_gpus=config.gpus_per_retriever,
+            )
+        answered = dataset.map(
+            _AnswerActor,
+            fn_constructor_args=(workers, settings),
+            compute=ray.data.ActorPoolStrategy(size=config.generators),
+            num_cpus=config.cpus_per_actor,
+            num_gpus=config.gpus_per_generator,
+        )
+        try:
+            for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+                yield from map(_result_of, batch.to_pylist())
+        except ray.exceptions.RayError as error:
+            user_error = _find_user_error(error)
+            if user_error is None:
+                raise
+            raise user_error from error
+
+    return run
+
+
+def _find_user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` that a worker raised, somewhere inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return UserError(str(getattr(error, "cause", error)).strip().splitlines()[-1])
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _row_of(task: Task) -> dict[str, Any]:
+    # JSON text, so that empty lists and free-form metadata never shape an Arrow schema.
+    questions = json.dumps([question.to_row() for question in task.questions], ensure_ascii=False)
+    return {
+        "strategy": task.strategy,
+        "number": task.number,
+        "single": task.single,
+        "questions": questions,
+        "hits": json.dumps([[] for _ in task.questions]),
+        "retrieval_s": 0.0,
+    }
+
+
+def _task_of(row: dict[str, Any]) -> Task:
+    questions = tuple(Question.from_row(question) for question in json.loads(row["questions"]))
+    return Task(str(row["strategy"]), int(row["number"]), questions, bool(row["single"]))
+
+
+def _result_of(row: dict[str, Any]) -> Result:
+    predictions = tuple(Prediction.from_row(prediction) for prediction in json.loads(row["predictions"]))
+    return Result(row["strategy"], row["number"], row["single"], predictions, row["retrieval_s"], row["generation_s"])
