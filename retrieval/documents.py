@@ -92,7 +92,8 @@ def scan_corpus(path: str, seed: int, block_bytes: int | None = None) -> CorpusS
     target = block_bytes or min(LARGEST_BLOCK_BYTES, max(SMALLEST_BLOCK_BYTES, source.total_bytes // BLOCKS_AIMED_AT))
     blocks: list[CorpusBlock] = []
     sample = _Reservoir(SAMPLE_DOCUMENTS, seed)
-    block_start, files, filled, count, end = 0, [], 0, 0, 0
+    files: list[str] = []
+    block_start = filled = count = end = 0
     for place, size, document in _documents_with_place(source):
         if filled and filled + size > target:
             blocks.append(CorpusBlock(len(blocks), source.root, block_start, end, tuple(files)))

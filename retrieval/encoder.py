@@ -47,7 +47,7 @@ def encoder_directory(config: EncoderConfig) -> Path:
     else:
         from cluster.model_source import local_model_directory
 
-        directory = local_model_directory(config.model, config.revision)
+        directory = local_model_directory(config.model, config.revision, key="encoder.model")
     if not (directory / "modules.json").is_file():
         raise UserError(
             f"encoder.model: {config.model} has no modules.json: it is not a sentence-transformers model "
@@ -152,7 +152,8 @@ class Encoder:
             )
             embeddings[rows] = batch.float().cpu().numpy()
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)  # (n, 1) float32
-        return embeddings / np.maximum(norms, np.finfo(np.float32).tiny)
+        normalised: npt.NDArray[np.float32] = embeddings / np.maximum(norms, np.finfo(np.float32).tiny)
+        return normalised
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Rows of texts of similar length, longest first, whose padded tokens stay within the budget."""

@@ -75,10 +75,10 @@ def _empty_index(batches: VectorBatches, rows: int, dimension: int, kind: str, s
     if kind == "flat":
         return faiss.IndexFlatIP(dimension)
     if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = HNSW_CONSTRUCTION
-        index.hnsw.efSearch = HNSW_SEARCH
-        return index
+        graph = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = HNSW_CONSTRUCTION
+        graph.hnsw.efSearch = HNSW_SEARCH
+        return graph
     assert kind == "ivf_flat", f"unknown index kind {kind}"
     lists = max(1, min(int(4 * rows**0.5), rows // 39))  # FAISS wants at least 39 training rows per list
     quantizer = faiss.IndexFlatIP(dimension)
