@@ -38,6 +38,23 @@ def complain(text: str) -> None:
     _console(stderr=True).print(text, soft_wrap=True)
 
 
+def relay(text: str) -> None:
+    """Pass on another program's output as it is, such as a job's log."""
+    console = _console()
+    console.file.write(text)
+    console.file.flush()
+
+
+def describe_bytes(size: int) -> str:
+    """`0 B`, `1.5 MB`, `2.1 GB` (powers of 1000)."""
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
 def describe_seconds(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 10:
@@ -68,6 +85,7 @@ class Bar:
         self._began = time.monotonic()
         self._last_line = self._began
         self._lock = threading.Lock()
+        self._skipped = 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -87,9 +105,7 @@ class Bar:
         """Count `n` units that an earlier run finished, without letting them flatter the rate."""
         with self._lock:
             self.done += n
-            self._skipped = self._skipped + n
-
-    _skipped: int = 0
+            self._skipped += n
 
     def _rate(self) -> float:
         elapsed = time.monotonic() - self._began

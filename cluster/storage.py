@@ -54,6 +54,9 @@ class Storage(Protocol):
     def files(self, prefix: str) -> list[StoredFile]:
         """Every file under `prefix`, at any depth, sorted by path."""
 
+    def modified(self, prefix: str) -> float:
+        """Newest time stamp of what is under `prefix`, Unix time in s; 0 when there is nothing."""
+
     def delete(self, prefix: str) -> None:
         """Remove a file or everything under a prefix; what is absent is no error."""
 
@@ -137,6 +140,15 @@ class LocalStorage:
                     found.append(StoredFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime))
         return sorted(found, key=lambda file: file.path)
 
+    def modified(self, prefix: str) -> float:
+        """Newest time stamp, of empty folders too."""
+        root = self._path(prefix)
+        newest = 0.0
+        for path in (root, *root.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                newest = max(newest, path.lstat().st_mtime)
+        return newest
+
     def delete(self, prefix: str) -> None:
         """Remove a file or a tree."""
         path = self._path(prefix)
@@ -196,6 +208,10 @@ class ObjectStorage:
 
         for batch in obstore.list(self.objects, prefix=prefix or None):
             yield from batch
+
+    def modified(self, prefix: str) -> float:
+        """Newest time stamp of an object under the prefix."""
+        return max((file.modified for file in self.files(prefix)), default=0.0)
 
     def delete(self, prefix: str) -> None:
         """Remove the object of this key and all objects under it."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import locks
 from cluster.cache import cache_directory
 from cluster.errors import ArtifactError, UserError
 from cluster.manifest import (
@@ -35,7 +36,7 @@ from cluster.manifest import (
 )
 from cluster.storage import LocalStorage, ObjectStorage, fsync_directory, storage_at
 from cluster.verification import verify
-from cluster.workdir import claim_work_directory, release_work_directory
+from cluster.workdir import claim_work_directory, lock_of, release_work_directory
 
 if TYPE_CHECKING:
     from cluster.stage import Plan
@@ -195,11 +196,14 @@ class Attempt:
         self.ref = ref
         self.id = uuid.uuid4().hex[:12]
         self._published = False
+        self._lock: int | None = None
         with store.blames_uri():
             if isinstance(store.storage, LocalStorage):
                 self.directory = store.storage.root / str(ref) / self.id
                 """Where the driver writes."""
-                self.directory.mkdir(parents=True)
+                self.directory.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = locks.acquire(lock_of(self.directory))  # gc leaves what is being built, however old
+                self.directory.mkdir()
             else:
                 staging = cache_directory() / "staging"
                 staging.mkdir(parents=True, exist_ok=True)
@@ -265,11 +269,12 @@ class Attempt:
             yield written_here or _describe_remote(storage, f"{self.ref}/{self.id}/{file.path}", file.path, file.size)
 
     def _discard_unpublished(self) -> None:
-        local = isinstance(self.store.storage, LocalStorage)
         if not self._published:
             with contextlib.suppress(*_medium_errors(self.store.storage)):  # gc takes what stays behind
                 self.store.storage.delete(f"{self.ref}/{self.id}")
-        if not local:
+        if self._lock is not None:
+            locks.release(lock_of(self.directory), self._lock, remove=True)
+        if not self.store.is_local:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

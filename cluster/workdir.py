@@ -1,18 +1,18 @@
 """Work directories: what a build leaves for its own next run, held by one process at a time.
 
-In: the root of one version. Out: `<root>/.work`, locked while this process lives (the kernel drops the lock even after
-SIGKILL), or `<root>/.work-<pid>-…` when another live process holds it. Never part of an artifact.
-Not covered: what is written there; several machines on one file system without locks.
+In: the root of one version. Out: `<root>/.work`, locked while this process lives, or `<root>/.work-<pid>-…` when
+another live process holds it. Never part of an artifact. Not covered: what is written there.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import threading
 import uuid
 from pathlib import Path
+
+from cluster import locks
 
 WORK = ".work"
 
@@ -28,15 +28,12 @@ def claim_work_directory(root: Path) -> Path:
             return held[0]
         directory = root / WORK
         directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(_lock_file(directory), os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
+        handle = held[1] if held is not None and held[0] == directory else locks.acquire(lock_of(directory))
+        if handle is None:
             directory = root / f"{WORK}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             directory.mkdir()
-            handle = os.open(_lock_file(directory), os.O_CREAT | os.O_RDWR, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle = locks.acquire(lock_of(directory))
+            assert handle is not None, f"{directory} is new, yet locked"
         _held[root] = (directory, handle)
         return directory
 
@@ -50,8 +47,7 @@ def release_work_directory(root: Path, *, remove: bool) -> None:
         directory, handle = held
         if remove:
             shutil.rmtree(directory, ignore_errors=True)
-            _lock_file(directory).unlink(missing_ok=True)
-        os.close(handle)
+        locks.release(lock_of(directory), handle, remove=remove)
 
 
 def is_work_directory(name: str) -> bool:
@@ -59,20 +55,6 @@ def is_work_directory(name: str) -> bool:
     return name == WORK or name.startswith(f"{WORK}-")
 
 
-def is_held(directory: Path) -> bool:
-    """Whether a live process is working in `directory`."""
-    try:
-        handle = os.open(_lock_file(directory), os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-def _lock_file(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.lock")
+def lock_of(directory: Path) -> Path:
+    """The lock file of a work directory or an attempt, beside it."""
+    return directory.with_name(f".{directory.name.lstrip('.')}.lock")

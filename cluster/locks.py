@@ -1,0 +1,44 @@
+"""Locks that a process holds while it lives: the kernel drops them even after SIGKILL.
+
+In: a path for the lock file. Out: a handle, or none while another open file holds it. Not covered: file systems
+without `flock`, and object stores (there, age decides: see `gc.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def acquire(path: Path) -> int | None:
+    """Lock `path` (created if absent) without waiting; a handle for `release`, or none when it is held."""
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def release(path: Path, handle: int, *, remove: bool) -> None:
+    """Unlock; with `remove`, delete the lock file as well."""
+    if remove:
+        path.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether some open file holds the lock at `path`."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
