@@ -56,7 +56,9 @@ def chunk_blocks(blocks: pa.Table, encoder: EncoderConfig, chunking: ChunkingCon
 class EmbedBlocks:
     """Actor body: embeds each block's chunks and writes its chunks part with an `embedding` column."""
 
-    def __init__(self, encoder: EncoderConfig, precision: Precision, device: str, threads: int, uri: str) -> None:
+    def __init__(
+        self, encoder: EncoderConfig, precision: Precision, device: str, threads: int | None, uri: str
+    ) -> None:
         """Load the encoder once per actor."""
         self._encoder = Encoder(encoder, precision, device, threads)
         self._uri = uri
