@@ -23,6 +23,9 @@ from cluster.errors import UserError
 PACKAGES = ("cluster", "retrieval", "training", "serving", "evaluation", "recipes")
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 
+# Ray sets it for the command of a submitted job.
+JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 # Ray and its libraries read these once, when they are imported or when their processes start.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -55,9 +58,10 @@ def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]
         "logging_level": logging.WARNING,
         "log_to_driver": os.environ.get("RAYFT_LOG_WORKERS") == "1",
     }
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _join(address, options, inside_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ)
+    inside_job = JOB_MARK in os.environ
+    address = os.environ.get("RAY_ADDRESS") if inside_job else config.address or os.environ.get("RAY_ADDRESS")
+    if address or inside_job:
+        _join(address or "auto", options, inside_job)
     else:
         _start_local(config, options, dashboard)
     try:
@@ -84,7 +88,8 @@ def _start_local(config: RayConfig, options: dict[str, Any], dashboard: bool) ->
 def _join(address: str, options: dict[str, Any], inside_job: bool) -> None:
     import ray
 
-    use_token_if_available()
+    if bearer_token() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not inside_job:  # a job brings the packages as its working directory
         options["runtime_env"] = {"py_modules": shipped_modules()}
     try:
@@ -137,7 +142,11 @@ def protect_with_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def use_token_if_available() -> None:
-    """Send the user's token to a running cluster, where there is one and `RAY_AUTH_MODE` says nothing else."""
-    if "RAY_AUTH_TOKEN" in os.environ or _token_file().is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+def bearer_token() -> str | None:
+    """The user's token for a running cluster (`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `~/.ray/auth_token`), if any."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return None
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if token is None and _token_file().is_file():
+        token = _token_file().read_text(encoding="ascii").strip()
+    return token or None
