@@ -59,6 +59,22 @@ def split_words(root: object, words: Sequence[str]) -> tuple[tuple[str, ...], tu
     return tuple(taken), tuple(words[len(taken) :])
 
 
+def lift_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--set` and its values out of the words after `--`, and the other words: overrides, remaining words."""
+    overrides: list[str] = []
+    others: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--set" and waiting:
+            overrides.append(waiting.pop(0))
+        elif word.startswith("--set="):
+            overrides.append(word.removeprefix("--set="))
+        else:
+            others.append(word)
+    return overrides, others
+
+
 def _add_submit(app: typer.Typer, load: Load, path_keys: Sequence[str]) -> None:
     @app.command(name="submit")
     def submit_command(
@@ -76,8 +92,9 @@ def _add_submit(app: typer.Typer, load: Load, path_keys: Sequence[str]) -> None:
         """Run a stage as a Ray job: rayft submit RECIPE -- index build"""
         from cluster.submit import Job, submit
 
-        settings = list(overrides or [])
-        command, arguments = split_words(context.find_root().command, words)
+        lifted, others = lift_overrides(words)
+        settings = [*(overrides or []), *lifted]
+        command, arguments = split_words(context.find_root().command, others)
         loaded = load(recipe, settings)
         job = Job(recipe, tuple(settings), command, arguments, address)
         raise typer.Exit(submit(job, loaded, path_keys, follow=follow))

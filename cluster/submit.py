@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import shlex
 import shutil
@@ -141,6 +142,7 @@ def _connect(address: str) -> JobSubmissionClient:
         raise UserError(f"--address: expected the dashboard's http:// address, found {address!r}")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it narrates each upload and each closed connection
     token = bearer_token()
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
