@@ -120,7 +120,7 @@ def answer_singly(
     for question in questions:
         began = time.perf_counter()
         hits = search(question.text) if search else []
-        searched = time.perf_counter()
+        searched = time.perf_counter() if search else began
         [prediction] = answer_window(strategy, [question], [hits], engine, settings)
         ended = time.perf_counter()
         timings = Timings(

@@ -128,7 +128,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "verified_answers",
-            "cited",
+            "verified quote",
             "Share of answers over passages that carry at least one verified quote: one that stands word for word in "
             "a passage shown.",
             True,
