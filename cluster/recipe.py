@@ -158,7 +158,7 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _origin(key: str, path: str, texts: Mapping[str, str]) -> str:
-    by_override = any(key == given or key.startswith(given + ".") for given in texts)
+    by_override = any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in texts)
     return "--set" if by_override else path
 
 

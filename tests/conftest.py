@@ -1,0 +1,30 @@
+"""Fixtures that every room's tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any test imports torch or faiss
+
+from cluster.config import RayConfig
+from cluster.session import ray_session
+from cluster.store import Store
+
+# Two shared cores: time limits on single examples say nothing about the code.
+hypothesis.settings.register_profile("rayft", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("rayft")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="module")
+def ray_module() -> Iterator[None]:
+    """One small local Ray for all tests of a module."""
+    with ray_session(RayConfig(num_cpus=2)):
+        yield
