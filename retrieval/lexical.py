@@ -58,12 +58,14 @@ class LexicalIndex:
     def build(cls, texts: Iterable[str]) -> Self:
         """Index `texts` (at least one); a text's place is its row in the scores."""
         import bm25s
+        import numpy as np
 
         vocabulary: dict[str, int] = {"": 0}  # never searched for; keeps the vocabulary of blank texts from being empty
         rows = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokenize(text)] for text in texts]
         assert rows, "a lexical index needs at least one text"
         bm25 = bm25s.BM25(method="lucene", k1=K1, b=B)
-        bm25.index((rows, vocabulary), create_empty_token=False, show_progress=False)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no text holds a word
+            bm25.index((rows, vocabulary), create_empty_token=False, show_progress=False)
         return cls(bm25)
 
     @classmethod

@@ -48,18 +48,22 @@ def build_vectors(batches: VectorBatches, rows: int, kind: str, seed: int, recal
     """Build an index of `kind` over `rows` vectors and measure its recall@10 on a seeded sample of them as queries.
 
     `ivf_flat` takes the smallest power of two as nprobe that reaches a recall of 0.95 on the sample. `hnsw` is built
-    by one thread, because FAISS's parallel construction gives another graph each time.
+    by one thread, because FAISS's parallel construction gives another graph each time; its graph also follows the
+    batches, which are the corpus's own.
     """
     import faiss
     import numpy as np
 
     queries = _sampled(batches, rows, recall_sample, seed)
     dimension = int(queries.shape[1])
-    if kind == "hnsw":
-        faiss.omp_set_num_threads(1)
     index = _empty_index(batches, rows, dimension, kind, seed)
-    for batch in batches():
-        index.add(np.ascontiguousarray(batch))
+    threads = faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(1 if kind == "hnsw" else threads)
+        for batch in batches():
+            index.add(np.ascontiguousarray(batch))
+    finally:
+        faiss.omp_set_num_threads(threads)
     assert index.ntotal == rows, f"the index holds {index.ntotal} rows, expected {rows}"
     exact = _exact_scores(batches, queries, min(RECALL_AT, rows))
     recall = _recall(index, queries, exact)

@@ -1,0 +1,272 @@
+"""The index build on a real local Ray (one session for the module), and searching what it published."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.config import RayConfig
+from cluster.errors import ArtifactError, UserError
+from cluster.session import ray_session
+from cluster.store import Artifact, Store
+from retrieval import documents, index
+from retrieval.chunking import Chunker, embedding_text
+from retrieval.config import ChunkingConfig, IndexConfig, RetrievalRecipe
+from retrieval.documents import read_documents
+from retrieval.encoder import encoder_tokenizer, load_encoder
+from retrieval.index import build_index, index_plan
+from retrieval.metrics import recall_at_k
+from retrieval.records import Chunk, Golden, Question
+from retrieval.retriever import Retriever
+from tests.retrieval.tiny import COUNTRIES, GOODS, country_text, tiny_encoder, tiny_recipe, write_corpus
+
+
+@pytest.fixture(scope="module")
+def ray_workers() -> Iterator[None]:
+    with ray_session(RayConfig(num_cpus=2)):
+        yield
+
+
+def build(recipe: RetrievalRecipe) -> Artifact:
+    return build_index(recipe, Store(recipe.store.uri))
+
+
+def stored_rows(artifact: Artifact) -> list[dict]:
+    parts = sorted((artifact.directory() / "chunks").iterdir())
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def expected_chunks(recipe: RetrievalRecipe) -> list[Chunk]:
+    chunker = Chunker(encoder_tokenizer(Path(recipe.encoder.model)), recipe.chunking)
+    return [chunk for document in read_documents(recipe.corpus.path) for chunk in chunker.chunk(document)]
+
+
+@pytest.mark.parametrize(("actors", "block_bytes"), [(1, 1), (2, 1), (2, 2500), (1, 10**9)])
+def test_build_index_any_actors_and_blocks_store_the_same_rows_in_order(
+    ray_workers: None,
+    tmp_path: Path,
+    corpus_path: Path,
+    encoder_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    actors: int,
+    block_bytes: int,
+) -> None:
+    monkeypatch.setattr(documents, "SMALLEST_BLOCK_BYTES", block_bytes)
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path, actors=actors)
+    artifact = build(recipe)
+    rows = stored_rows(artifact)
+    chunks = expected_chunks(recipe)
+    assert [Chunk.from_row(row) for row in rows] == chunks
+    encoder = load_encoder(recipe.encoder, device="cpu")
+    exact = encoder.encode_passages([embedding_text(chunk.title, chunk.heading, chunk.text) for chunk in chunks])
+    np.testing.assert_allclose([row["embedding"] for row in rows], exact, atol=1e-5)
+    assert artifact.manifest.counts == {
+        "documents": len(COUNTRIES),
+        "chunks": len(chunks),
+        "tokens": sum(chunk.tokens for chunk in chunks),
+        "unknown_share": 0.0,
+    }
+    assert artifact.manifest.measured["recall_at_10"] == 1.0
+    assert artifact.manifest.measured["dimension"] == 32
+    assert [d.text for d in Retriever.open(artifact, recipe.encoder).documents()] == [
+        country_text(place) for place in range(len(COUNTRIES))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_flat"])
+def test_search_every_kind_agrees_with_exact_search(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path, kind: str
+) -> None:
+    recipe = tiny_recipe(
+        tmp_path, corpus_path, encoder_path, index=IndexConfig.model_validate({"kind": kind, "recall_sample": 500})
+    )
+    artifact = build(recipe)
+    assert artifact.manifest.measured["kind"] == kind
+    assert artifact.manifest.measured["recall_at_10"] >= 0.95
+
+
+def test_search_dense_equals_sorting_all_cosines_with_ties_by_chunk_id(tmp_path: Path, encoder_path: Path) -> None:
+    rows = [{"_id": f"d{n:02d}", "text": f"{GOODS[n % 3]} in summer"} for n in range(60)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tiny_recipe(tmp_path, corpus, encoder_path)
+    artifact = build(recipe)
+    retriever = Retriever.open(artifact, recipe.encoder)
+    stored = stored_rows(artifact)
+    queries = ["roses in summer", "cold winters", "copper"]
+    vectors = np.array([row["embedding"] for row in stored], dtype=np.float32)
+    cosines = retriever.encode_queries(queries) @ vectors.T
+    for hits, scores in zip(retriever.search(queries, 5), cosines, strict=True):
+        order = sorted(range(60), key=lambda row: (-round(float(scores[row]), 5), stored[row]["chunk_id"]))[:5]
+        assert [hit.passage.chunk_id for hit in hits] == [stored[row]["chunk_id"] for row in order]
+        assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
+        np.testing.assert_allclose([hit.score for hit in hits], scores[order], atol=1e-5)
+
+
+def test_search_finds_the_passage_and_shows_its_place(tmp_path: Path, corpus_path: Path, encoder_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path, index=None)
+    retriever = Retriever.open(build(recipe), recipe.encoder)
+    chunks = retriever.chunks()
+    questions = [
+        Question(
+            chunk.chunk_id,
+            f"{chunk.title} | {chunk.heading}\n{chunk.text}",
+            (),
+            (Golden(chunk.doc_id, chunk.start, chunk.end),),
+        )
+        for chunk in chunks
+    ]
+    hits = retriever.search([question.text for question in questions], 3)
+    assert recall_at_k(questions, hits, 1) == 1.0
+    passage = hits[0][0].passage
+    assert country_text(0)[passage.start : passage.end] == passage.text
+    assert passage.metadata == {"place": 0}
+
+
+def test_search_more_than_the_index_holds_names_the_key(tmp_path: Path, corpus_path: Path, encoder_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
+    retriever = Retriever.open(build(recipe), recipe.encoder)
+    size = len(retriever)
+    assert len(retriever.search(["copper"], size)[0]) == size
+    with pytest.raises(UserError, match=rf"^generation\.passages is {size + 1} but the index has {size} chunks"):
+        retriever.search(["copper"], size + 1, key="generation.passages")
+    assert retriever.search([], 1) == []
+
+
+def test_build_index_again_is_up_to_date_and_an_edit_builds_another(
+    tmp_path: Path, encoder_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    recipe = tiny_recipe(tmp_path, corpus, encoder_path)
+    first = build(recipe)
+    capsys.readouterr()
+    assert build(recipe).ref == first.ref
+    assert "up to date" in capsys.readouterr().out
+    corpus.write_text(corpus.read_text(encoding="utf-8").replace("temperate", "tropical"), encoding="utf-8")
+    second = build(recipe)
+    assert second.ref != first.ref
+    assert "content of corpus.path changed" in capsys.readouterr().out
+    assert any("tropical" in chunk.text for chunk in Retriever.open(second, recipe.encoder).chunks())
+
+
+def test_index_plan_ignores_resources_and_follows_results(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path, precision="auto")
+
+    def version(**sections: dict) -> str:
+        data = recipe.model_dump()
+        for section, changes in sections.items():
+            data[section] |= changes
+        return index_plan(RetrievalRecipe.model_validate(data)).ref.version
+
+    same = version()
+    assert version(encoder={"actors": 4, "batch_tokens": 512, "gpus_per_actor": 1}, index={"gpu": True}) == same
+    moved = write_corpus(tmp_path / "elsewhere" / "corpus.jsonl")
+    assert version(corpus={"path": str(moved)}) == same
+    changes = [
+        {"chunking": {"max_tokens": 50}},
+        {"chunking": {"merge": False}},
+        {"index": {"kind": "hnsw"}},
+        {"index": {"search": "lexical"}},
+        {"encoder": {"precision": "bfloat16"}},
+    ]
+    assert len({same, *(version(**change) for change in changes)}) == len(changes) + 1
+
+
+def test_open_index_of_another_encoder_names_both(tmp_path: Path, corpus_path: Path, encoder_path: Path) -> None:
+    artifact = build(tiny_recipe(tmp_path, corpus_path, encoder_path))
+    other = tiny_encoder(tmp_path / "other", seed=4)
+    recipe = tiny_recipe(tmp_path, corpus_path, other)
+    with pytest.raises(ArtifactError) as error:
+        Retriever.open(artifact, recipe.encoder)
+    assert str(encoder_path) in str(error.value)
+    assert str(other) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "chunks/part-000000.parquet", "documents/part-000000.parquet"])
+def test_open_damaged_file_is_refused(tmp_path: Path, corpus_path: Path, encoder_path: Path, name: str) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
+    artifact = build(recipe)
+    file = artifact.directory() / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError, match=name):
+        Retriever.open(artifact, recipe.encoder)
+
+
+def test_build_index_unknown_language_goes_lexical_and_needs_no_encoder_to_search(
+    tmp_path: Path, encoder_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "维也纳.md").write_text("# 奥地利\n\n## 地理\n\n首都是维也纳。\n", encoding="utf-8")
+    (folder / "索非亚.txt").write_text("保加利亚的首都是索非亚。", encoding="utf-8")
+    recipe = tiny_recipe(tmp_path, folder, encoder_path)
+    artifact = build(recipe)
+    assert "of this corpus's tokens are unknown to" in capsys.readouterr().out
+    assert artifact.manifest.counts["unknown_share"] > 0.5
+    nowhere = recipe.encoder.model_copy(update={"model": str(tmp_path / "no-such-encoder")})
+    retriever = Retriever.open(artifact, nowhere)
+    assert retriever.mode == "lexical"
+    (hits,) = retriever.search(["奥地利的首都是哪里？"], 2)
+    assert [hit.passage.uri for hit in hits] == ["维也纳.md", "索非亚.txt"]
+    assert hits[0].score > hits[1].score
+    assert hits[0].passage.heading == "地理"
+
+
+def test_build_index_lexical_on_ray_equals_lexical_alone(
+    ray_workers: None, tmp_path: Path, corpus_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for block_bytes, folder in ((1, "ray"), (10**9, "alone")):
+        monkeypatch.setattr(documents, "SMALLEST_BLOCK_BYTES", block_bytes)
+        recipe = tiny_recipe(tmp_path / folder, corpus_path, encoder_path, index=IndexConfig(search="lexical"))
+        retriever = Retriever.open(build(recipe), recipe.encoder)
+        assert retriever.chunks() == expected_chunks(recipe)
+        results.append(retriever.search(["cheese exports of Denmark", "1999"], 4))
+    assert results[0] == results[1]
+    assert results[0][0][0].passage.title == "Denmark"
+
+
+@pytest.mark.parametrize(
+    ("text", "chunking", "options", "message"),
+    [
+        ("# only\n## headings\n", None, {}, r"^corpus\.path: .* holds headings only"),
+        ("text", ChunkingConfig(max_tokens=127), {}, r"^chunking\.max_tokens is 127, but .* set .* to 126 or less"),
+    ],
+)
+def test_build_index_what_cannot_be_indexed_leaves_nothing(
+    tmp_path: Path, encoder_path: Path, text: str, chunking: ChunkingConfig | None, options: dict, message: str
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"_id": "d", "text": text}), encoding="utf-8")
+    recipe = tiny_recipe(tmp_path, corpus, encoder_path, chunking=chunking, **options)
+    with pytest.raises(UserError, match=message):
+        build(recipe)
+    store = Store(recipe.store.uri)
+    assert store.current("index", "tiny") is None
+    assert store.versions("index", "tiny") == []
+
+
+def test_build_index_more_gpus_than_there_are_names_the_key(
+    ray_workers: None, tmp_path: Path, corpus_path: Path, encoder_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path, gpus_per_actor=64)
+    with pytest.raises(UserError, match=r"^encoder\.gpus_per_actor is 64 for 1 actors, but this machine has 0 GPUs"):
+        build(recipe)
+
+
+def test_index_format_of_another_release_is_refused(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "INDEX_FORMAT", 99)
+        artifact = build(recipe)
+    with pytest.raises(ArtifactError, match="of format 99, this rayft searches an index of format 1"):
+        Retriever.open(artifact, recipe.encoder)
