@@ -44,7 +44,7 @@ def expected_chunks(recipe: RetrievalRecipe) -> list[Chunk]:
     return [chunk for document in read_documents(recipe.corpus.path) for chunk in chunker.chunk(document)]
 
 
-@pytest.mark.parametrize(("actors", "block_bytes"), [(1, 1), (2, 1), (2, 2500), (1, 10**9)])
+@pytest.mark.parametrize(("actors", "block_bytes"), [(1, 10**9), (1, 1), (2, 2500)])
 def test_build_index_any_actors_and_blocks_store_the_same_rows_in_order(
     ray_workers: None,
     tmp_path: Path,
