@@ -155,10 +155,11 @@ def digest_path(path: str, suffixes: Sequence[str] = (), key: str = "") -> str:
     """
     missing = UserError(f"{key + ': ' if key else ''}no such file or folder: {path}")
     if path.startswith(OBJECT_SCHEMES):
-        storage = storage_at(path.rpartition("/")[0])
-        name = path.rpartition("/")[2]
+        scheme, _, rest = path.partition("://")
+        bucket, _, name = rest.strip("/").partition("/")
+        storage = storage_at(f"{scheme}://{bucket}")
         try:
-            return _digest_blocks(storage, name)
+            return _digest_blocks(storage, name) if name else _digest_folder(storage, "", suffixes, missing)
         except FileNotFoundError:
             return _digest_folder(storage, name, suffixes, missing)
     local = Path(path)

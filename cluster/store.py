@@ -241,6 +241,7 @@ class Attempt:
                 counts=plain(counts or {}),
                 measured=plain(measured or {}),
                 files=files,
+                part_bytes=PART_BYTES,
             )
             self._published = self.store.storage.create(f"{self.ref}/{MANIFEST}", render_manifest(manifest))
         artifact = self.store.open_ref(self.ref)
@@ -255,7 +256,7 @@ class Attempt:
             path = self.directory / file.path
             if path.is_symlink() or not path.is_file():
                 raise AssertionError(f"{self.ref}: {file.path} is a link or no plain file")
-            entries[file.path] = FileEntry(path=file.path, size=file.size, sha256=digest_parts(path))
+            entries[file.path] = FileEntry(path=file.path, size=file.size, sha256=digest_parts(path, PART_BYTES))
         storage = self.store.storage
         if isinstance(storage, LocalStorage):
             _flush_tree(self.directory)
