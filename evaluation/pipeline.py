@@ -149,14 +149,22 @@ def run_in_process(workers: Workers, settings: AnswerSettings, tasks: Sequence[T
 
 
 class _RetrieveActor:
-    """Ray Data's view of `RetrieveStep`: rows in, rows out."""
+    """Ray Data's view of `RetrieveStep`: rows in, rows out. A `UserError` travels as data, because Ray's wrapping
+    loses its type; for the same reason nothing is opened before the first row."""
 
     def __init__(self, workers: Workers, k: int) -> None:
-        assert workers.open_retriever is not None
-        self._step = RetrieveStep(workers.open_retriever, k)
+        self._workers = workers
+        self._k = k
+        self._step: RetrieveStep | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        hits, seconds = self._step(_task_of(row))
+        try:
+            if self._step is None:
+                assert self._workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
+                self._step = RetrieveStep(self._workers.open_retriever, self._k)
+            hits, seconds = self._step(_task_of(row))
+        except UserError as error:
+            return {**row, "user_error": str(error)}
         found = [[hit.to_row() for hit in of_question] for of_question in hits]
         return {**row, "hits": json.dumps(found, ensure_ascii=False), "retrieval_s": seconds}
 
@@ -165,18 +173,25 @@ class _AnswerActor:
     """Ray Data's view of `AnswerStep`: rows in, rows out."""
 
     def __init__(self, workers: Workers, settings: AnswerSettings) -> None:
-        self._step = AnswerStep(workers, settings)
+        self._workers = workers
+        self._settings = settings
+        self._step: AnswerStep | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        answered = {name: row[name] for name in ("strategy", "number", "single", "retrieval_s", "user_error")}
+        if row["user_error"]:
+            return {**answered, "predictions": "[]", "generation_s": 0.0}
         hits = [[Hit.from_row(hit) for hit in of_question] for of_question in json.loads(row["hits"])]
-        result = self._step(_task_of(row), hits, float(row["retrieval_s"]))
+        try:
+            if self._step is None:
+                self._step = AnswerStep(self._workers, self._settings)
+            result = self._step(_task_of(row), hits, float(row["retrieval_s"]))
+        except UserError as error:
+            return {**answered, "user_error": str(error), "predictions": "[]", "generation_s": 0.0}
         predictions = [prediction.to_row() for prediction in result.predictions]
         return {
-            "strategy": result.strategy,
-            "number": result.number,
-            "single": result.single,
+            **answered,
             "predictions": json.dumps(predictions, ensure_ascii=False),
-            "retrieval_s": result.retrieval_s,
             "generation_s": result.generation_s,
         }
 
@@ -186,7 +201,6 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
 
     def run(workers: Workers, settings: AnswerSettings, tasks: Sequence[Task]) -> Iterator[Result]:
         import ray.data
-        import ray.exceptions
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -209,27 +223,10 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
             num_cpus=config.cpus_per_actor,
             num_gpus=config.gpus_per_generator,
         )
-        try:
-            for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-                yield from map(_result_of, batch.to_pylist())
-        except ray.exceptions.RayError as error:
-            user_error = _find_user_error(error)
-            if user_error is None:
-                raise
-            raise user_error from error
+        for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            yield from map(_result_of, batch.to_pylist())
 
     return run
-
-
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` that a worker raised, somewhere inside what Ray wrapped around it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, UserError):
-            return UserError(str(getattr(error, "cause", error)).strip().splitlines()[-1])
-        seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _row_of(task: Task) -> dict[str, Any]:
@@ -242,6 +239,7 @@ def _row_of(task: Task) -> dict[str, Any]:
         "questions": questions,
         "hits": json.dumps([[] for _ in task.questions]),
         "retrieval_s": 0.0,
+        "user_error": "",
     }
 
 
@@ -251,5 +249,7 @@ def _task_of(row: dict[str, Any]) -> Task:
 
 
 def _result_of(row: dict[str, Any]) -> Result:
+    if row["user_error"]:
+        raise UserError(row["user_error"])
     predictions = tuple(Prediction.from_row(prediction) for prediction in json.loads(row["predictions"]))
     return Result(row["strategy"], row["number"], row["single"], predictions, row["retrieval_s"], row["generation_s"])

@@ -59,11 +59,16 @@ def tradeoff_plot(report: Mapping[str, Any]) -> str:
     if not points:
         return ""
     figure, axes = _figure(7.2, 3.4)
-    for name, (latency, quality) in points.items():
+    heights: list[float] = []
+    for name, (latency, quality) in sorted(points.items(), key=lambda item: item[1][1]["value"]):
         x, y = latency["value"] / 1000, quality["value"]
         axes.plot([x, x], [quality["low"], quality["high"]], color=_FIRST, linewidth=1.6, alpha=0.5)
         axes.plot([x], [y], "o", color=_FIRST, markersize=7)
-        axes.annotate(name, (x, y), xytext=(8, 4), textcoords="offset points", color=_INK, fontsize=10)
+        # Labels climb in the order of quality and keep a line's distance, so that near points stay legible.
+        heights.append(max(y, heights[-1] + 0.075) if heights else y)
+        axes.annotate(
+            name, (x, y), xytext=(9, (heights[-1] - y) * 190), textcoords="offset points", color=_INK, fontsize=10
+        )
     _scale_seconds(axes, [latency["value"] / 1000 for latency, _ in points.values()])
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("mean latency of a lone request, logarithmic (further left is faster)")

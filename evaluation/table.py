@@ -129,7 +129,7 @@ def describe_usd(usd: float) -> str:
     """Two significant digits below a dollar, cents above."""
     if usd >= 1:
         return f"${usd:,.2f}"
-    return f"${usd:.2g}" if usd >= 0.0001 or usd == 0 else "< $0.0001"
+    return f"${usd:.2g}" if usd >= 0.0001 or usd == 0 else "<$0.0001"
 
 
 def describe_cost(cost: Mapping[str, float | None]) -> str:

@@ -63,9 +63,8 @@ class FakeEngine:
     closed: bool = field(default=False)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        if any(
-            f"Land{name}?" in requests[i].messages[-1]["content"] for i in range(len(requests)) for name in self.broken
-        ):
+        asked = [request.messages[-1]["content"] for request in requests]
+        if any(f"{name}?" in prompt for prompt in asked for name in self.broken):
             raise RuntimeError("out of memory")
         time.sleep(self.seconds)
         if self.log:
@@ -80,7 +79,8 @@ class FakeEngine:
         if request.adapter == "raft" and number % 5:
             text = f"##begin_quote##The seat of Land{number} is Town{number}##end_quote##\n<ANSWER>: Town{number}"
         elif request.adapter == "raft":
-            text = f"##begin_quote##Land{number} has <b>no</b> seat##end_quote##\n<ANSWER>: <script>alert({number})</script>"
+            wrong = f"<script>alert({number})</script>"
+            text = f"##begin_quote##Land{number} has <b>no</b> seat##end_quote##\n<ANSWER>: {wrong}"
         elif request.adapter == "finetuned" and not shown:
             text = f"<ANSWER>: Town{number if number % 2 else 0}"
         else:
