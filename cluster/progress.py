@@ -95,7 +95,7 @@ class Bar:
             self.done += n
             self._figures.update(figures)
             if self._progress is not None and self._task is not None:
-                self._progress.update(self._task, completed=self.done, figures=self._status())
+                self._progress.update(self._task, completed=self.done, figures=f" {self.unit}{self._status()}")
             elif time.monotonic() - self._last_line >= LINE_EVERY_S:
                 self._last_line = time.monotonic()
                 of_total = "" if self.total is None else f"/{self.total}"
