@@ -89,7 +89,9 @@ def test_search_every_kind_agrees_with_exact_search(
 
 
 def test_search_dense_equals_sorting_all_cosines_with_ties_by_chunk_id(tmp_path: Path, encoder_path: Path) -> None:
-    rows = [{"_id": f"d{n:02d}", "text": f"{GOODS[n % 3]} in summer"} for n in range(60)]
+    rows = [
+        {"_id": f"d{n:02d}", "text": f"{GOODS[n % 3]} in summer"} for n in range(90)
+    ]  # 30 equal scores: deeper than k + SPARE_HITS
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = tiny_recipe(tmp_path, corpus, encoder_path)
@@ -100,7 +102,7 @@ def test_search_dense_equals_sorting_all_cosines_with_ties_by_chunk_id(tmp_path:
     vectors = np.array([row["embedding"] for row in stored], dtype=np.float32)
     cosines = retriever.encode_queries(queries) @ vectors.T
     for hits, scores in zip(retriever.search(queries, 5), cosines, strict=True):
-        order = sorted(range(60), key=lambda row: (-round(float(scores[row]), 5), stored[row]["chunk_id"]))[:5]
+        order = sorted(range(90), key=lambda row: (-round(float(scores[row]), 5), stored[row]["chunk_id"]))[:5]
         assert [hit.passage.chunk_id for hit in hits] == [stored[row]["chunk_id"] for row in order]
         assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
         np.testing.assert_allclose([hit.score for hit in hits], scores[order], atol=1e-5)
