@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Load = Callable[[str, list[str]], "EvaluationRecipe"]
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")
+]
 ReleaseOption = Annotated[str, typer.Option("--release", help="Version of the release; none takes the current one.")]
 
 
@@ -37,13 +39,13 @@ def register(app: typer.Typer, load: Load) -> None:
 def evaluate_command(load: Load) -> Callable[..., None]:
     """The function behind `rayft evaluate`."""
 
-    def evaluate(recipe: RecipeArgument, overrides: SetOption = [], release: ReleaseOption = "") -> None:  # noqa: B006
+    def evaluate(recipe: RecipeArgument, overrides: SetOption = None, release: ReleaseOption = "") -> None:
         """Compare the strategies of a release on held-out questions: a table, report.json and report.html."""
         from cluster.session import ray_session
         from cluster.store import Store
         from evaluation.report import evaluate as run_evaluation
 
-        config = load(recipe, overrides)
+        config = load(recipe, overrides or [])
         store = Store(config.store.uri)
         parts, _ = _open_parts(config, store, release)
         if parts.samples is None:
@@ -66,14 +68,14 @@ def batch_command(load: Load) -> Callable[..., None]:
         output: Annotated[
             Path | None, typer.Option(help="Also write the answers here: .parquet, or JSON lines for .jsonl.")
         ] = None,
-        overrides: SetOption = [],  # noqa: B006
+        overrides: SetOption = None,
         release: ReleaseOption = "",
     ) -> None:
         """Answer a file of questions offline with a release; interrupted, it continues where it stopped."""
         from cluster.session import ray_session
         from cluster.store import Store
 
-        config = load(recipe, overrides)
+        config = load(recipe, overrides or [])
         _check_output(output)
         store = Store(config.store.uri)
         parts, version = _open_parts(config, store, release)

@@ -14,9 +14,11 @@ from cluster.store import Artifact, Store
 from evaluation.config import EvaluationRecipe
 from evaluation.parts import BatchRun, Parts
 from evaluation.pipeline import Runner, Workers, run_in_process
+from evaluation.selection import questions_digest
 from retrieval.records import Golden, Hit, Passage, Question
 from serving.engine import Completion, GenerationRequest
-from training.format import WorkedExample
+from training.records import RaftSample
+from training.samples import load_examples, write_table
 
 KINDS = ("capital", "river", "altitude")
 
@@ -104,16 +106,31 @@ def stub_artifact(store: Store, kind: str, name: str) -> Artifact:
     return run_stage(store, Plan(kind=kind, name=name), build)
 
 
-EXAMPLES = (WorkedExample("Where?", (passage(90),), "##begin_quote##Town90##end_quote##\n<ANSWER>: Town90"),)
+def samples_artifact(store: Store, questions: Sequence[Question]) -> Artifact:
+    """A `samples` artifact with the two files that evaluation reads."""
+    target = "##begin_quote##Town90##end_quote##\n<ANSWER>: Town90"
+    example = RaftSample(
+        "s", "e", "raft", "Where?", (passage(90),), (True,), True, "", ("Town90",), "Town90", target, "train"
+    )
+
+    def build(attempt):
+        write_table(attempt.directory / "questions.parquet", [q.to_row() for q in questions], Question.schema())
+        write_table(attempt.directory / "examples.parquet", [example.to_row()], RaftSample.schema())
+        return Outcome()
+
+    inputs = {"questions": questions_digest(questions)}
+    return run_stage(store, Plan(kind="samples", name="invented", inputs=inputs), build)
 
 
-def make_parts(store: Store, adapters: Sequence[str] = ("raft", "finetuned")) -> Parts:
+def make_parts(
+    store: Store, adapters: Sequence[str] = ("raft", "finetuned"), questions: Sequence[Question] = ()
+) -> Parts:
     return Parts(
         index=stub_artifact(store, "index", "invented"),
-        samples=stub_artifact(store, "samples", "invented"),
+        samples=(samples := samples_artifact(store, questions)),
         adapters={name: stub_artifact(store, "adapter", f"invented-{name}") for name in adapters},
         base_digest="b" * 64,
-        examples=EXAMPLES,
+        examples=load_examples(samples),
     )
 
 
