@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -18,10 +18,12 @@ from safetensors import safe_open
 from transformers.cache_utils import Cache
 
 from cluster.errors import ArtifactError
-from serving.kv_batch import KeyValues, KVBatch, cache_of, common_prefix, key_values_of, prefill
+from serving.attention import use_grouped_attention
+from serving.kv_batch import KeyValues, KVBatch, common_prefix, key_values_of, prefill
 from training.base_model import load_model, load_tokenizer, model_dtype
 from training.format import Message
 
+Precision = Literal["auto", "float32", "bfloat16"]
 BASE = "__base__"  # PEFT's name for rows without an adapter
 MIN_PREFIX_TOKENS = 16
 CACHED_PREFIXES = 8
@@ -31,12 +33,13 @@ class AdaptedModel:
     """The model side of the engine."""
 
     def __init__(
-        self, base_directory: Path, adapters: Mapping[str, Path], precision: str, device: str | None = None
+        self, base_directory: Path, adapters: Mapping[str, Path], precision: Precision, device: str | None = None
     ) -> None:
         """Loads everything; see `TransformersEngine` for the arguments and errors."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(base_directory)
         base = load_model(base_directory, model_dtype(precision)).to(self.device).eval()
+        use_grouped_attention(base)
         config = base.config.get_text_config()
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not layer_types <= {"full_attention", "sliding_attention"}:
@@ -67,7 +70,8 @@ class AdaptedModel:
         return ids, min(common_prefix([ids, self._heads[head]]), len(ids) - 1)
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return list(self.tokenizer(render_prompt(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, without special ones."""
@@ -107,7 +111,7 @@ class AdaptedModel:
         input_ids: torch.Tensor,
         mask: torch.Tensor,
         positions: torch.Tensor,
-        cache: Cache,  # type: ignore[no-any-unimported]
+        cache: Cache,
         adapters: Sequence[str | None],
     ) -> torch.Tensor:
         """Logits of the last column, (rows, vocabulary); appends to `cache`."""
@@ -144,13 +148,6 @@ class AdaptedModel:
             self._selected = None
         elif not enabled:
             self._model.base_model.disable_adapter_layers()
-
-
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The prompt's text, up to where the assistant speaks; a model without a chat template gets plain paragraphs."""
-    if tokenizer.chat_template is None:
-        return "\n\n".join(message["content"] for message in messages) + "\n\n"
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from serving.adapted_model import AdaptedModel
+from serving.adapted_model import AdaptedModel, Precision
 from serving.decoding import TextAssembler, sample
 from serving.engine import Completion, ErrorCode, FinishReason, GenerationRequest, Ticket
 from serving.kv_batch import KVBatch, common_prefix
@@ -75,7 +75,7 @@ class TransformersEngine:
         self,
         base_directory: Path,
         adapters: Mapping[str, Path],
-        precision: str = "auto",
+        precision: Precision = "auto",
         batch_rows: int = 16,
         threads: int = 2,
         device: str | None = None,
@@ -156,7 +156,7 @@ class TransformersEngine:
                 try:
                     self._admit()
                     self._step()
-                except Exception as error:  # noqa: BLE001: one bad batch must not end the engine
+                except Exception as error:  # noqa: BLE001 - one bad batch must not end the engine
                     logger.error("generation failed for %d requests: %s", len(self._active()), type(error).__name__)
                     for row in self._active():
                         self._fail(row, "internal", f"generation failed: {_first_line(error)}")
@@ -192,7 +192,7 @@ class TransformersEngine:
             return False
         try:
             row.prompt, row.prefix_tokens = self._model.tokenise(request.messages)
-        except Exception as error:  # noqa: BLE001: chat templates raise what they like about messages they refuse
+        except Exception as error:  # noqa: BLE001 - chat templates raise what they like about messages they refuse
             logger.error("a prompt could not be tokenised: %s", type(error).__name__)
             self._fail(row, "internal", f"the prompt could not be tokenised: {type(error).__name__}")
             return False
@@ -221,7 +221,7 @@ class TransformersEngine:
         joining = self._next_rows(free)
         try:
             batch, logits = self._prefill(joining)
-        except Exception as error:  # noqa: BLE001: the rows that were running go on
+        except Exception as error:  # noqa: BLE001 - the rows that were running go on
             logger.error("prefill failed for %d requests: %s", len(joining), type(error).__name__)
             for row in joining:
                 self._fail(row, "internal", f"generation failed: {_first_line(error)}")
@@ -308,7 +308,7 @@ class TransformersEngine:
             return
         try:
             row.on_text(piece)
-        except Exception as error:  # noqa: BLE001: a reader that has gone must not end the others' batch
+        except Exception as error:  # noqa: BLE001 - a reader that has gone must not end the others' batch
             logger.warning("a stream's reader failed, its request is cancelled: %s", type(error).__name__)
             row.cancelled = True
 
