@@ -8,6 +8,7 @@ is loaded once per actor and not once per strategy. Not covered: what is durable
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,9 +203,7 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
     def run(workers: Workers, settings: AnswerSettings, tasks: Sequence[Task]) -> Iterator[Result]:
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines would interleave with our progress
         rows = [_row_of(task) for task in tasks]
         # One block per window: it is what an actor takes at once, and what the driver commits.
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -57,7 +57,12 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], ca
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD
+        title=title,
+        title_justify="left",
+        caption=caption or None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for header in headers:
         table.add_column(header, overflow="fold")
