@@ -222,7 +222,7 @@ def _job(store: Store, strategy: str, plan: Plan, timed: tuple[Question, ...], q
 def _do_missing(recipe: EvaluationRecipe, parts: Parts, jobs: Sequence[_Job], run: BatchRun) -> None:
     """Answers what no earlier run finished, writing each window down as it comes back."""
     tasks = [task for job in jobs for task in job.pending(recipe.evaluate.window_rows)]
-    # Lone requests last, when no window shares the machine with them.
+    # Lone requests last, when retrieval for the windows is over; an engine never runs them beside a window.
     tasks += [task for job in jobs for task in job.pending_singles()]
     if not tasks:
         return
