@@ -14,8 +14,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from cluster.cache import cache_directory
 from cluster.config import BaseRecipe
 from cluster.errors import UserError
 from cluster.progress import describe_bytes
+from cluster.session import check_reachable
 from cluster.storage import OBJECT_SCHEMES
 from cluster.store import Store
 
@@ -227,15 +226,11 @@ def _store(uri: str) -> Check:
 
 
 def _ray_address(address: str) -> Check:
-    if address == "auto":
-        return Check(Status.OK, "ray", "address auto: whatever cluster this machine belongs to")
-    parts = urllib.parse.urlsplit(address if "://" in address else f"ray-gcs://{address}")
-    remedy = "start the cluster, or leave ray.address empty for a local Ray"
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=5):
-            return Check(Status.OK, "ray", f"{address} accepts connections")
-    except (OSError, ValueError) as error:
-        return Check(Status.FAIL, "ray", f"ray.address {address} cannot be reached: {error}", remedy)
+        check_reachable(address)
+    except UserError as error:
+        return Check(Status.FAIL, "ray", str(error))
+    return Check(Status.OK, "ray", f"{address} accepts connections")
 
 
 def _embedded() -> Iterator[Check]:

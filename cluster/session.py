@@ -12,7 +12,9 @@ import logging
 import os
 import secrets
 import site
+import socket
 import sysconfig
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from cluster.config import RayConfig
 from cluster.errors import UserError
 
 PACKAGES = ("cluster", "retrieval", "training", "serving", "evaluation", "recipes")
+RAY_CLIENT_PORT = 10001
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 
 # Ray sets it for the command of a submitted job.
@@ -85,9 +88,34 @@ def _start_local(config: RayConfig, options: dict[str, Any], dashboard: bool) ->
         )
 
 
+def check_reachable(address: str) -> None:
+    """Try a plain connection first: Ray itself waits for minutes and then ends the process.
+
+    Raises:
+        UserError: nothing answers at `ray.address`.
+    """
+    target = address
+    if address == "auto":
+        noted = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        if not noted.is_file():
+            raise UserError(
+                "ray.address: auto, but no Ray cluster runs on this machine; leave it empty for a local Ray"
+            )
+        target = noted.read_text().strip()
+    parts = urllib.parse.urlsplit(target if "://" in target else f"gcs://{target}")
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or RAY_CLIENT_PORT), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"ray.address: no Ray cluster answers at {target} ({error}); start it, or leave ray.address empty for a "
+            "local Ray"
+        ) from None
+
+
 def _join(address: str, options: dict[str, Any], inside_job: bool) -> None:
     import ray
 
+    check_reachable(address)
     if bearer_token() is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not inside_job:  # a job brings the packages as its working directory
