@@ -14,8 +14,9 @@ import json
 import logging
 import math
 import time
+import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -203,14 +204,15 @@ class _Handlers:
         except StopAsyncIteration:
             raise
         except Exception as error:
-            logger.exception("%s failed", request_id)
+            # Frames without the message, which may hold the user's text.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("%s failed: %s\n%s", request_id, type(error).__name__, where)
             raise ApiError(500, "internal error", code="internal_error") from error
 
-    async def _events(self, body: ChatRequest, ask: Ask) -> AsyncIterator[str]:
+    async def _events(self, body: ChatRequest, ask: Ask) -> AsyncGenerator[str, None]:
         """Server-sent events of one stream; an error before the first one is raised, a later one is an event."""
         deadline = time.perf_counter() + self._limits.timeout_s
         created = int(time.time())
-        labels = self._conversation.release.prompt_format.texts.labels
         written = ""
         started = False
 
@@ -244,8 +246,8 @@ class _Handlers:
         yield "data: [DONE]\n\n"
 
 
-async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    async with contextlib.aclosing(rest):  # type: ignore[type-var]
+async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with contextlib.aclosing(rest):
         yield first
         async for event in rest:
             yield event

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +96,7 @@ class Conversation:
         completion = await self._generate(self._request(ask, strategy, hits))
         return self._finish(completion, strategy, route, hits, retrieval_ms, began)
 
-    async def stream(self, ask: Ask) -> AsyncIterator[str | Answer]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[str | Answer, None]:
         """Pieces of readable text as they are generated, then the answer; raises as `answer` does.
 
         Joined, the pieces are the readable text of the answer. `hybrid` comes in one piece: which of its two answers
