@@ -115,17 +115,18 @@ class AnswerStep:
         return Result(task.strategy, task.number, task.single, tuple(predictions), retrieval_s, seconds)
 
     def _answer_singly(self, task: Task) -> list[Prediction]:
-        search = self._search_here if retrieves(task.strategy) else None
+        search = self._open_search(task.questions[0].text) if retrieves(task.strategy) else None
         if task.strategy not in self._warm:  # the first request pays for set-up that no later one pays
             answer_singly(task.strategy, task.questions[:1], search, self._engine, self._settings)
         return answer_singly(task.strategy, task.questions, search, self._engine, self._settings)
 
-    def _search_here(self, text: str) -> list[Hit]:
+    def _open_search(self, first_query: str) -> Callable[[str], list[Hit]]:
+        """The search of a retriever that is open and warm, as in a server."""
         if self._retrieve is None:
             assert self._workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
             self._retrieve = RetrieveStep(self._workers.open_retriever, self._settings.generation.passages)
-            self._retrieve.search_one(text)  # warm, as in a server
-        return self._retrieve.search_one(text)
+            self._retrieve.search_one(first_query)
+        return self._retrieve.search_one
 
     def close(self) -> None:
         """Frees the engine."""

@@ -149,13 +149,15 @@ def alarms(
     found += [_loses(row) for row in comparisons if _tuning_loses(row)]
     for split, by_strategy in measured.items():
         for name, metrics in by_strategy.items():
-            failed, cut = metrics["failed"], metrics["cut_short"]
+            failed = metrics["failed"]
             if failed.value > 0:
                 rows = round(failed.value * failed.n)
                 found.append(_alarm(f"{rows} of {failed.n} questions failed for {name} ({_words(split)})", None))
-            if cut.value > CUT_SHORT_ALARM:
-                share = f"{cut.value:.0%} of {name}'s answers"
-                found.append(_alarm(f"{share} were cut short at generation.max_new_tokens ({_words(split)})", None))
+        cut = {name: metrics["cut_short"].value for name, metrics in by_strategy.items()}
+        shares = [f"{share:.0%} of {name}" for name, share in cut.items() if share > CUT_SHORT_ALARM]
+        if shares:
+            text = f"answers cut short at generation.max_new_tokens on {_words(split)}: {', '.join(shares)}"
+            found.append(_alarm(text, None))
     return found
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-import evaluation.answering
 from cluster.errors import UserError
 from cluster.store import Store
+from evaluation.answering import AnswerSettings
 from evaluation.batch import answer_all, load_predictions, load_single_requests, predictions_plan
+from evaluation.pipeline import AnswerStep, Task, Workers
 from evaluation.windows import WindowLedger
 from serving.config import GenerationConfig
 from serving.records import Route
-from tests.evaluation.fakes import FakeEngine, make_parts, make_questions, make_recipe, make_run
+from tests.evaluation.fakes import FakeEngine, FakeRetriever, make_parts, make_questions, make_recipe, make_run
+from training.format import PromptFormat
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -88,6 +90,22 @@ def test_published_predictions_are_not_answered_again(store, tmp_path):
     assert {name: artifact.ref for name, artifact in first.items()} == {
         name: artifact.ref for name, artifact in again.items()
     }
+
+
+def test_opening_the_retriever_is_not_part_of_a_lone_requests_time(store):
+    """On Ray an engine's process opens its own retriever for lone requests, after the windows."""
+
+    class SlowToOpen(FakeRetriever):
+        def __init__(self):
+            time.sleep(0.3)
+
+    engine, recipe = FakeEngine(), make_recipe(store.uri)
+    settings = AnswerSettings(PromptFormat.load(recipe.prompt, "en"), recipe.generation)
+    step = AnswerStep(Workers(lambda: engine, SlowToOpen), settings)
+    questions = tuple(make_questions(3))
+    step(Task("rag", 0, questions), FakeRetriever().search([q.text for q in questions], 3), 0.0)
+    result = step(Task("rag", 0, questions, single=True), [[]] * 3, 0.0)
+    assert max(prediction.answer.timings_ms.retrieval for prediction in result.predictions) < 100
 
 
 KILLED = """
@@ -276,4 +294,3 @@ def test_requests_reach_the_engine_sorted_by_length(store, tmp_path):
     lengths = {f"{question.question_id}/base": len(question.text) for question in questions}
     order = [lengths[name] for name in asked_ids(tmp_path / "log")]
     assert order == sorted(order)
-    assert evaluation.answering.retrieves("raft") and not evaluation.answering.retrieves("finetuned")

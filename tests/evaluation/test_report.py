@@ -228,6 +228,18 @@ def test_failed_rows_raise_an_alarm(store):
     assert "1 of 40 questions failed for rag (new documents)" in [alarm["text"] for alarm in content["alarms"]]
 
 
+class _WordyEngine(FakeEngine):
+    def _complete(self, request):
+        return dataclasses.replace(super()._complete(request), finish_reason="length")
+
+
+def test_answers_that_were_cut_short_raise_an_alarm(store):
+    recipe = make_recipe(store.uri, strategies=("base", "rag"), latency_rows=0, new_questions=0)
+    alarms = read_report(run_evaluation(store, recipe=recipe, run=make_run(_WordyEngine())))["alarms"]
+    text = "answers cut short at generation.max_new_tokens on new documents: 100% of base, 100% of rag"
+    assert text in [alarm["text"] for alarm in alarms]
+
+
 class _ChineseRetriever(FakeRetriever):
     def search(self, queries, k):
         found = super().search(queries, k)
