@@ -113,9 +113,7 @@ def model_digest(directory: Path) -> str:
     if not names:
         raise UserError(f"{directory}: holds no model (no safetensors, GGUF, JSON or tokenizer file)")
     remembered = cache_directory() / "digests" / f"{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()}.json"
-    known: dict[str, list[int | str]] = {}
-    if remembered.is_file():
-        known = json.loads(remembered.read_text())
+    known = _recall(remembered)
     digests: dict[str, list[int | str]] = {}
     for path in names:
         name = path.relative_to(directory).as_posix()
@@ -130,6 +128,14 @@ def model_digest(directory: Path) -> str:
     if digests != known:
         _remember(remembered, digests)
     return fingerprint({name: entry[3] for name, entry in digests.items()})
+
+
+def _recall(path: Path) -> dict[str, list[int | str]]:
+    try:
+        known: dict[str, list[int | str]] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
 
 
 def _remember(path: Path, digests: dict[str, list[int | str]]) -> None:

@@ -13,6 +13,7 @@ import os
 import secrets
 import site
 import socket
+import sys
 import sysconfig
 import urllib.parse
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from cluster.config import RayConfig
 from cluster.errors import UserError
 
 PACKAGES = ("cluster", "retrieval", "training", "serving", "evaluation", "recipes")
+LOOPBACK = "127.0.0.1"
 RAY_CLIENT_PORT = 10001
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +36,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker that claims no GPU sees none
 }
 
 
@@ -54,6 +55,8 @@ def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]
         os.environ.setdefault(name, value)
     import ray
 
+    if "ray.data" in sys.modules:  # it was imported before it could see the variable
+        ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
         yield
         return
@@ -75,15 +78,19 @@ def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]
 
 def _start_local(config: RayConfig, options: dict[str, Any], dashboard: bool) -> None:
     import ray
+    from ray._private import ray_constants
 
     protect_with_token()
-    with _importable():
+    # Ray replaces a loopback address by the machine's own unless clusters are off, as they are on macOS and Windows.
+    # It reads the variable when it is imported, which may have been before.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    with _environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", PYTHONPATH=_python_path()):
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
             include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
+            dashboard_host=LOOPBACK,
+            _node_ip_address=LOOPBACK,
             **options,
         )
 
@@ -132,25 +139,29 @@ def shipped_modules() -> list[str]:
     return [str(PACKAGES_ROOT / package) for package in PACKAGES] + [str(PACKAGES_ROOT / "rayft.py")]
 
 
-@contextlib.contextmanager
-def _importable() -> Iterator[None]:
-    """Let the processes of a local Ray inherit a PYTHONPATH that holds our packages.
+def _python_path() -> str:
+    """A PYTHONPATH with which the processes of a local Ray find our packages.
 
     Installed packages need none, and `site-packages` must not come before the standard library.
     """
     installed = {Path(path).resolve() for path in (*site.getsitepackages(), sysconfig.get_path("purelib"))}
-    if PACKAGES_ROOT in installed:
-        yield
-        return
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGES_ROOT), before)))
+    ours = "" if PACKAGES_ROOT in installed else str(PACKAGES_ROOT)
+    return os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH", ""))))
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the processes that the block starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _token_file() -> Path:
