@@ -47,7 +47,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Release:
+class ServedRelease:
     """What answers: everything that ingress needs of a release, without the models."""
 
     name: str
@@ -72,7 +72,9 @@ class GenerationFailedError(Exception):
 class Conversation:
     """Answers questions for one release."""
 
-    def __init__(self, release: Release, router: Router, search: Search, generate: Generate, stream: Stream) -> None:
+    def __init__(
+        self, release: ServedRelease, router: Router, search: Search, generate: Generate, stream: Stream
+    ) -> None:
         """`search`, `generate` and `stream` reach the other deployments."""
         self.release = release
         self._router = router

@@ -80,6 +80,11 @@ class Engine(Protocol):
         """Names of the adapters that requests may ask for."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests; a replica whose engine does not is replaced."""
+        ...
+
     def submit(self, request: GenerationRequest, on_text: Callable[[str], None] | None = None) -> Ticket:
         """Queues a request without waiting. `on_text` is called on the engine's thread and must return at once."""
         ...

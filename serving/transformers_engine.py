@@ -36,6 +36,7 @@ class _Row:
         self.request = request
         self.on_text = on_text
         self.completion: Future[Completion] = Future()
+        self.completion.set_running_or_notify_cancel()  # only `cancel` below ends it early, never a waiter that goes
         self.cancelled = False
         self.queued_at = time.perf_counter()
         self.started_at = self.queued_at
@@ -130,6 +131,11 @@ class TransformersEngine:
         self._enqueue([row])
         return stream
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._thread.is_alive() and not self._closed
+
     def close(self) -> None:
         """Ends what is under way with `error_code` closed, and frees the model."""
         with self._lock:
@@ -152,8 +158,10 @@ class TransformersEngine:
         if self._model.device.type == "cpu":
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            while self._take_in():
+            while True:
                 try:
+                    if not self._take_in():
+                        break
                     self._admit()
                     self._step()
                 except Exception as error:  # noqa: BLE001 - one bad batch must not end the engine

@@ -1,0 +1,151 @@
+"""Brings the graph up on Ray Serve, and takes it down again.
+
+In: a recipe, the store, a release. Out: the address of a ready API inside the `with` block; after it nothing is left
+running that was started here. Not covered: what is served (serving/graph.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cluster.errors import UserError
+from cluster.progress import describe_seconds, say
+from cluster.releases import Release
+from cluster.session import ray_session
+from cluster.store import Store
+from serving.config import ServeConfig, ServingRecipe
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+APP_NAME = "rayft"
+POLL_S = 0.25
+
+
+@contextlib.contextmanager
+def running_service(recipe: ServingRecipe, store: Store, release: Release) -> Iterator[str]:
+    """Serves a release inside the block; yields the API's base URL once every deployment answers.
+
+    Raises:
+        UserError: The port is taken, the machine is too small, or a deployment cannot load what it serves.
+    """
+    with ray_session(recipe.ray):
+        from serving.graph import build_app
+
+        with running_app(build_app(recipe, store, release), recipe.serve) as base_url:
+            yield base_url
+
+
+@contextlib.contextmanager
+def running_app(app: Application, config: ServeConfig) -> Iterator[str]:
+    """Runs an application on an initialised Ray; yields its base URL."""
+    from ray import serve
+
+    _refuse_other_service()
+    check_port(config)
+    _check_resources(config)
+    if config.host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"serve: listening on {config.host}, where other machines can reach it; there is no API key yet")
+    _quieten()
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": config.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
+        _wait_until_running()
+        yield base_url(config)
+    finally:
+        serve.shutdown()
+
+
+def base_url(config: ServeConfig) -> str:
+    """Where clients on this machine reach the API."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return f"http://{host}:{config.port}"
+
+
+def check_port(config: ServeConfig) -> None:
+    """Raises a `UserError` that names the key when the address cannot be bound."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"serve.port: cannot listen on {config.host}:{config.port} ({error.strerror}); choose another with "
+                "--set serve.port=…"
+            ) from error
+
+
+def _refuse_other_service() -> None:
+    """A cluster has one Serve instance; taking ours down must not take somebody else's with it."""
+    from ray.serve.context import _get_global_client
+
+    if _get_global_client(raise_if_no_controller_running=False) is not None:
+        raise UserError(
+            "ray.address: Ray Serve is running on this cluster already; shut it down first (`serve shutdown`), or "
+            "serve on another cluster"
+        )
+
+
+def _check_resources(config: ServeConfig) -> None:
+    import ray
+
+    from serving.graph import INGRESS_CPUS
+
+    needed = {
+        "CPU": INGRESS_CPUS
+        + config.generator_replicas * config.cpus_per_generator
+        + config.retriever_replicas * config.cpus_per_retriever,
+        "GPU": config.generator_replicas * config.gpus_per_generator
+        + config.retriever_replicas * config.gpus_per_retriever,
+    }
+    has = ray.cluster_resources()
+    for kind, amount in needed.items():
+        if amount > has.get(kind, 0):
+            raise UserError(
+                f"serve: the deployments claim {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower "
+                f"serve.*_replicas or serve.{kind.lower()}s_per_generator / _retriever"
+            )
+
+
+def _wait_until_running() -> None:
+    from ray import serve
+
+    began = time.monotonic()
+    ready: set[str] = set()
+    while True:
+        app = serve.status().applications.get(APP_NAME)
+        deployments = app.deployments if app else {}
+        for name in sorted(deployments.keys() - ready):
+            if deployments[name].status == "HEALTHY":
+                ready.add(name)
+                say(f"serve: {name} ready after {describe_seconds(time.monotonic() - began)}")
+        if app and app.status == "RUNNING":
+            return
+        failed = [d for d in deployments.values() if d.status in ("DEPLOY_FAILED", "UNHEALTHY")]
+        if app and (app.status in ("DEPLOY_FAILED", "UNHEALTHY") or failed):
+            raise _start_error(" ".join([app.message, *(deployment.message for deployment in failed)]))
+        time.sleep(POLL_S)
+
+
+def _start_error(message: str) -> Exception:
+    """The replica's own `UserError` where it raised one, without Ray's traceback around it."""
+    found = re.findall(r"(?:UserError|ArtifactError)\S*:\s*([^\n]+)", message)
+    if found:
+        return UserError(found[-1].strip())
+    return RuntimeError(f"serve: a deployment did not start: {message[-2000:]}")
+
+
+def _quieten() -> None:
+    """Serve's own progress lines would stand between ours."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
