@@ -106,8 +106,6 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    checkpoint_every_steps: int = Field(default=10, ge=1)
-    """Optimiser steps between checkpoints of the adapter and optimiser."""
 
 
 class TrainingRecipe(RetrievalRecipe):

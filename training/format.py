@@ -33,7 +33,9 @@ END_QUOTE = "##end_quote##"
 ANSWER_MARK = "<ANSWER>:"
 
 # Text that would let a document pose as markup, as a target or as another speaker.
-_MARKUP = re.compile(r"<(?=/?document\b|\||/?ANSWER>|/?s>|start_of_turn|end_of_turn)|##(?=begin_quote|end_quote|Reason|Answer)", re.I)
+_MARKUP = re.compile(
+    r"<(?=/?document\b|\||/?ANSWER>|/?s>|start_of_turn|end_of_turn)|##(?=begin_quote|end_quote|Reason|Answer)", re.I
+)
 _ANSWER_SPLIT = re.compile(r"<ANSWER>\s*[::]?|##\s*Answer\s*[::]", re.I)
 _QUOTE = re.compile(re.escape(BEGIN_QUOTE) + r"(.*?)(?:" + re.escape(END_QUOTE) + r"|\Z)", re.S)
 
@@ -199,11 +201,12 @@ class PromptFormat:
 
     def user_turn(self, question: str, passages: Sequence[Passage]) -> str:
         """The user's message: passages in the order given, then the question."""
-        parts = [
-            f'<document title="{escape(self.passage_title(p)).replace(chr(34), chr(39))}">\n{escape(p.text)}\n</document>'
-            for p in passages
-        ]
+        parts = [self._document(passage) for passage in passages]
         return "\n".join([*parts, self.texts.question.format(question=escape(question))])
+
+    def _document(self, passage: Passage) -> str:
+        title = escape(self.passage_title(passage)).replace('"', "'")
+        return f'<document title="{title}">\n{escape(passage.text)}\n</document>'
 
     def messages(
         self, question: str, passages: Sequence[Passage] | None, examples: Sequence[WorkedExample] = ()
@@ -222,7 +225,7 @@ class PromptFormat:
         """What the model learns to write."""
         parts = [reasoning] if reasoning and self.reasoning else []
         if self.quotes:
-            parts += [f"{BEGIN_QUOTE}{quote}{END_QUOTE}" for quote in quotes]
+            parts += [f"{BEGIN_QUOTE}{escape(quote)}{END_QUOTE}" for quote in quotes]
         return "\n".join([*parts, f"{ANSWER_MARK} {answer}"])
 
     def parse(self, completion: str, passages: Sequence[Passage]) -> ParsedAnswer:
