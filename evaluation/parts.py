@@ -73,7 +73,7 @@ def default_run(recipe: EvaluationRecipe, store: Store, parts: Parts, release: s
         functools.partial(_open_engine, recipe, store, adapters),
         functools.partial(_open_retriever, recipe, store, parts.index.ref),
     )
-    return BatchRun(workers, run_on_ray(recipe.evaluate), Router(recipe.router), release)
+    return BatchRun(workers, run_on_ray(recipe.evaluate), Router(recipe.router, parts.strategies()), release)
 
 
 def _open_engine(recipe: EvaluationRecipe, store: Store, adapters: Mapping[str, ArtifactRef]) -> Generates:

@@ -21,6 +21,9 @@ from evaluation.records import Prediction
 from retrieval.records import Hit, Question
 
 _CACHED_QUERIES = 50_000
+# Ray Data's own defaults restart and retry without end, so a window that kills its worker would never be given up.
+# Passed as remote arguments, which Ray deprecates from 2.64 on without having named parameters for these two yet.
+_BOUNDED_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
 
     def run(workers: Workers, settings: AnswerSettings, tasks: Sequence[Task]) -> Iterator[Result]:
         import ray.data
+        import ray.exceptions
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines would interleave with our progress
         rows = [_row_of(task) for task in tasks]
@@ -215,6 +219,7 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
                 compute=ray.data.ActorPoolStrategy(size=config.retrievers),
                 num_cpus=config.cpus_per_actor,
                 num_gpus=config.gpus_per_retriever,
+                **_BOUNDED_RETRIES,
             )
         answered = dataset.map(
             _AnswerActor,
@@ -222,9 +227,17 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
             compute=ray.data.ActorPoolStrategy(size=config.generators),
             num_cpus=config.cpus_per_actor,
             num_gpus=config.gpus_per_generator,
+            **_BOUNDED_RETRIES,
         )
-        for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            yield from map(_result_of, batch.to_pylist())
+        try:
+            for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+                yield from map(_result_of, batch.to_pylist())
+        except ray.exceptions.ActorDiedError as error:
+            raise UserError(
+                "predictions: a worker died again and again while it answered one window, mostly for lack of memory; "
+                "lower generation.batch_rows or evaluate.window_rows and run the same command again: finished windows "
+                "are kept"
+            ) from error
 
     return run
 

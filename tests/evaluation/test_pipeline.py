@@ -1,6 +1,8 @@
 """The same tasks through Ray Data actors as in this process."""
 
 import functools
+import os
+from dataclasses import dataclass
 
 import pytest
 
@@ -48,3 +50,22 @@ def test_a_users_mistake_inside_a_worker_stays_one_clear_line(store):
     with pytest.raises(UserError) as caught:
         answer_all(recipe, store, make_parts(store), ["rag"], make_questions(3), run)
     assert str(caught.value) == "generation.passages: 3 is more than the index's 2 chunks; lower it"
+
+
+@dataclass
+class _Deadly(FakeEngine):
+    def generate(self, requests):
+        if any(request.request_id.startswith("q009/") for request in requests):
+            os._exit(1)  # what the kernel's out-of-memory killer looks like from outside
+        return super().generate(requests)
+
+
+def test_a_worker_that_keeps_dying_ends_the_run_and_finished_windows_are_kept(store, tmp_path):
+    recipe, questions, log = make_recipe(store.uri), make_questions(10), tmp_path / "log"
+    deadly = BatchRun(Workers(_Deadly, FakeRetriever), run_on_ray(recipe.evaluate))
+    with pytest.raises(UserError, match=r"a worker died again and again .* lower generation\.batch_rows"):
+        answer_all(recipe, store, make_parts(store), ["raft"], questions, deadly)
+    artifacts = answer_all(recipe, store, make_parts(store), ["raft"], questions, make_run(FakeEngine(log=log)))
+    assert len(load_predictions(artifacts["raft"])) == 10
+    assert "q009/raft" in log.read_text(encoding="utf-8")
+    assert "q000/raft" not in log.read_text(encoding="utf-8")
