@@ -47,12 +47,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str], schema: type[R]) -> 
     Raises:
         UserError: one line naming the file or the override, the key, what was found and what was expected.
     """
-    values = read_recipe(path)
-    texts: dict[str, str] = {}
-    for override in overrides:
-        key, value, text = parse_override(override)
-        texts[key] = text
-        _assign(values, key, value)
+    values = read_recipe(path, overrides)
+    texts = {key: text for key, _, text in map(parse_override, overrides)}
     try:
         recipe = _validate(values, texts, schema)
     except pydantic.ValidationError as error:
@@ -77,9 +73,13 @@ def find_recipe(path: str | Path) -> Path:
     raise UserError(f"{path}: no such recipe file; packaged recipes: {known}")
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The raw mapping in a recipe file, with what it `extends` merged in; not yet validated."""
-    return _read_chain(find_recipe(path), str(path), ())
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The raw mapping in a recipe file, with what it `extends` and `overrides` merged in; not yet validated."""
+    values = _read_chain(find_recipe(path), str(path), ())
+    for override in overrides:
+        key, value, _ = parse_override(override)
+        _assign(values, key, value)
+    return values
 
 
 def _read_chain(file: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:

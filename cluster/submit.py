@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def submit(job: Job, recipe: pydantic.BaseModel, path_keys: Sequence[str] = (), 
         UserError: the job API does not answer or does not accept the job.
     """
     client = _connect(job.address)
-    local = absolute_paths(recipe, path_keys)
+    local = absolute_paths(recipe, read_recipe(job.recipe_path, job.overrides), path_keys)
     if local and not job.on_this_machine:
         say(f"submit: paths of this machine, which the cluster sees only if it mounts them: {', '.join(local)}")
     with tempfile.TemporaryDirectory(prefix="rayft-submit-") as temporary:
@@ -104,24 +104,30 @@ def entrypoint(job: Job, local: dict[str, str]) -> str:
     return shlex.join([python, "-m", "rayft", *job.command, RECIPE_FILE, *job.arguments, *settings])
 
 
-def absolute_paths(recipe: pydantic.BaseModel, path_keys: Sequence[str] = ()) -> dict[str, str]:
-    """Dotted key to absolute path for the recipe's local paths, relative ones taken from the working directory."""
+def absolute_paths(
+    recipe: pydantic.BaseModel, stated: Mapping[str, Any], path_keys: Sequence[str] = ()
+) -> dict[str, str]:
+    """Dotted key to absolute path for local paths, relative ones taken from the working directory.
+
+    Only `store.uri` and keys that the recipe or an override states: what a command derives, the job derives itself.
+    """
     found = {}
-    for key, value in _texts(recipe):
-        is_path = key == "store.uri" or key.rpartition(".")[2] == "path" or key.endswith("_path")
+    for key, value in _texts(recipe, stated):
+        name = key.rpartition(".")[2]
+        is_path = key == "store.uri" or name in ("path", "directory") or name.endswith(("_path", "_directory"))
         maybe_path = key in path_keys and (Path(value).expanduser().exists() or value.startswith((".", "~")))
         if value and "://" not in value and (is_path or maybe_path):
             found[key] = str(Path(value).expanduser().absolute())
     return found
 
 
-def _texts(section: pydantic.BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _texts(section: pydantic.BaseModel, stated: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name in type(section).model_fields:
-        value = getattr(section, name)
+        key, value, given = f"{prefix}{name}", getattr(section, name), stated.get(name)
         if isinstance(value, pydantic.BaseModel):
-            yield from _texts(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield f"{prefix}{name}", value
+            yield from _texts(value, given if isinstance(given, Mapping) else {}, f"{key}.")
+        elif isinstance(value, str) and (given is not None or key == "store.uri"):
+            yield key, value
 
 
 def stage_project(target: Path, recipe_path: str) -> Path:
@@ -140,17 +146,19 @@ def _connect(address: str) -> JobSubmissionClient:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address: expected the dashboard's http:// address, found {address!r}")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it narrates each upload and each closed connection
     token = bearer_token()
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    except AuthenticationError as error:
+        raise UserError(
+            f"--address: the cluster at {address} demands its token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
-        reason = _first_line(error)
-        if "uthenti" in reason or "nauthorized" in reason or "401" in reason or "403" in reason:
-            reason = "it demands a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
-        raise UserError(f"--address: no job API for us at {address}: {reason}") from error
+        raise UserError(f"--address: no job API for us at {address}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
