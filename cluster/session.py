@@ -39,6 +39,12 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker that claims no GPU sees none
 }
 
+# Plans and timings of every data set, and a warning that progress bars are off, which they are on purpose.
+_QUIET_LOGGERS = {
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+}
+
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]:
@@ -53,6 +59,8 @@ def ray_session(config: RayConfig, *, dashboard: bool = False) -> Iterator[None]
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    for logger, level in _QUIET_LOGGERS.items():
+        logging.getLogger(logger).setLevel(level)
     import ray
 
     if "ray.data" in sys.modules:  # it was imported before it could see the variable
