@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 INGRESS_CPUS = 0.1
 SEARCH_BATCH = 32
+CONSTRUCTOR_TRIES = 1  # what fails to load is damaged or does not fit, and will not fit the next time
 UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
 
 
@@ -180,6 +181,7 @@ def assemble(served: ServedRelease, router: RouterConfig, config: ServeConfig, l
     generator = serve.deployment(
         Generator,
         name="generator",
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
         num_replicas=config.generator_replicas,
         max_ongoing_requests=behind,
         ray_actor_options={"num_cpus": config.cpus_per_generator, "num_gpus": config.gpus_per_generator},
@@ -189,6 +191,7 @@ def assemble(served: ServedRelease, router: RouterConfig, config: ServeConfig, l
         retriever = serve.deployment(
             RetrieverReplica,
             name="retriever",
+            max_constructor_retry_count=CONSTRUCTOR_TRIES,
             num_replicas=config.retriever_replicas,
             max_ongoing_requests=behind,
             ray_actor_options={"num_cpus": config.cpus_per_retriever, "num_gpus": config.gpus_per_retriever},

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 APP_NAME = "rayft"
 POLL_S = 0.25
+SHUTDOWN_S = 30.0
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def running_app(app: Application, config: ServeConfig) -> Iterator[str]:
         _wait_until_running()
         yield base_url(config)
     finally:
-        serve.shutdown()
+        _shut_down()
 
 
 def base_url(config: ServeConfig) -> str:
@@ -144,6 +145,20 @@ def _start_error(message: str) -> Exception:
     if found:
         return UserError(found[-1].strip())
     return RuntimeError(f"serve: a deployment did not start: {message[-2000:]}")
+
+
+def _shut_down() -> None:
+    """`serve.shutdown`, without the line "infinite retries remaining" that Ray prints when the controller ends itself
+    in the middle of a call that may be retried."""
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_S)
+    serve.shutdown()
 
 
 def _quieten() -> None:

@@ -5,8 +5,8 @@ import time
 from concurrent.futures import Future
 
 from retrieval.records import Hit, Passage
-from serving.conversation import ServedRelease
 from serving.config import GenerationConfig
+from serving.conversation import ServedRelease
 from serving.engine import Completion, Ticket
 from serving.strategies import available_strategies
 from training.config import PromptConfig
