@@ -15,7 +15,7 @@ from serving.config import GenerationConfig
 from serving.engine import Completion, GenerationRequest
 from serving.records import Answer, Route, Timings, Usage
 from serving.strategies import HYBRID, STRATEGIES, Strategy
-from training.format import Citation, Labels, PromptFormat, WorkedExample
+from training.format import BEGIN_QUOTE, END_QUOTE, Citation, Labels, PromptFormat, WorkedExample
 
 
 def prepare(
@@ -79,7 +79,7 @@ def finish(
         question_id=question_id,
         text=completion.text,
         reasoning=parsed.reasoning,
-        answer=parsed.answer,
+        answer=_without_markers(parsed.answer),
         quotes=parsed.quotes,
         citations=parsed.citations,
         strategy=strategy.name,
@@ -97,6 +97,13 @@ def finish(
         ),
         release=release,
     )
+
+
+def _without_markers(text: str) -> str:
+    """The answer without a marker that the model left open or closed twice."""
+    for marker in (BEGIN_QUOTE, END_QUOTE):
+        text = text.replace(marker, " ")
+    return " ".join(text.split())
 
 
 def verified(answer: Answer) -> tuple[Citation, ...]:

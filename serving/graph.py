@@ -99,20 +99,37 @@ class Generator:
 
 
 class RetrieverReplica:
-    """Owns an index; searches that arrive together run together, in a thread."""
+    """Owns an index. One search runs at a time, in a thread; what arrives meanwhile is searched together next, so
+    nothing waits for a batch to fill (Serve's own batching waits, and does not run in local testing mode)."""
 
     def __init__(self, load: Callable[[], Searches]) -> None:
         """`load` opens the retriever, on the replica."""
         self._retriever = load()
+        self._waiting: list[tuple[str, int, asyncio.Future[list[Hit]]]] = []
+        self._drainer: asyncio.Task[None] | None = None
 
-    @serve.batch(  # type: ignore[untyped-decorator]
-        max_batch_size=SEARCH_BATCH, batch_wait_timeout_s=0.005
-    )
-    async def search(self, queries: list[tuple[str, int]]) -> list[list[Hit]]:
-        """The k best hits per (query, k); the k must not exceed the index."""
-        deepest = max(k for _, k in queries)
-        found = await asyncio.to_thread(self._retriever.search, [query for query, _ in queries], deepest)
-        return [hits[:k] for hits, (_, k) in zip(found, queries, strict=True)]
+    async def search(self, query: str, k: int) -> list[Hit]:
+        """The k best hits; k must not exceed the index."""
+        found: asyncio.Future[list[Hit]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((query, k, found))
+        if self._drainer is None or self._drainer.done():
+            self._drainer = asyncio.create_task(self._drain())
+        return await found
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:SEARCH_BATCH], self._waiting[SEARCH_BATCH:]
+            queries, deepest = [query for query, _, _ in batch], max(k for _, k, _ in batch)
+            try:
+                results = await asyncio.to_thread(self._retriever.search, queries, deepest)
+            except Exception as error:  # noqa: BLE001 - raised again where each query waits
+                for _, _, found in batch:
+                    if not found.done():
+                        found.set_exception(error)
+                continue
+            for (_, k, found), hits in zip(batch, results, strict=True):
+                if not found.done():  # its caller may have gone
+                    found.set_result(hits[:k])
 
     async def ready(self) -> None:
         """Returns when the replica answers."""
@@ -142,7 +159,7 @@ class Ingress:
 
     async def _search(self, query: str, k: int) -> list[Hit]:
         assert self._retriever is not None, "strategies that retrieve are offered only beside an index"
-        hits: list[Hit] = await self._retriever.search.remote((query, k))
+        hits: list[Hit] = await self._retriever.search.remote(query, k)
         return hits
 
     async def _generate(self, request: GenerationRequest) -> Completion:

@@ -5,10 +5,11 @@ import time
 from concurrent.futures import Future
 
 from retrieval.records import Hit, Passage
+from serving.answering import prepare
 from serving.config import GenerationConfig
 from serving.conversation import ServedRelease
 from serving.engine import Completion, Ticket
-from serving.strategies import available_strategies
+from serving.strategies import STRATEGIES, available_strategies
 from training.config import PromptConfig
 from training.format import PromptFormat
 
@@ -45,6 +46,7 @@ class FakeEngine:
     def submit(self, request, on_text=None):
         self.requests.append(request)
         future = Future()
+        future.set_running_or_notify_cancel()
         stopped = threading.Event()
 
         def cancel():
@@ -103,3 +105,8 @@ def wait_until(condition, timeout_s=5.0):
             return True
         time.sleep(0.01)
     return False
+
+
+def base_request(question):
+    """A closed-book request to the base model."""
+    return prepare(question, STRATEGIES["base"], [], prompt_format(), (), GenerationConfig())
