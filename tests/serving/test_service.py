@@ -1,7 +1,11 @@
 """The service on a real local Ray: slow, so one test each for what only the real thing shows."""
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import httpx
 import openai
@@ -13,7 +17,7 @@ from cluster.session import ray_session
 from serving.client import ask_over_http
 from serving.config import RouterConfig, ServeConfig
 from serving.service import base_url, check_port, running_app
-from tests.serving.fakes import FakeRetriever, served_release
+from tests.serving.fakes import FakeRetriever, served_release, wait_until
 from tests.serving.tiny import WINDOW
 
 
@@ -112,3 +116,34 @@ def ask_many(url, n):
     for thread in threads:
         thread.join()
     return statuses
+
+
+@pytest.mark.slow
+def test_serve_command_serves_an_index_only_release_until_sigterm(tiny_models, tmp_path, port):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.serving.serve_command", str(tmp_path), str(tiny_models.base), str(port)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=root, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        assert wait_until(lambda: "Ctrl-C stops it" in log.read_text() or process.poll() is not None, 120)
+        assert process.poll() is None, log.read_text()
+        url = f"http://127.0.0.1:{port}"
+        models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        assert models == ["rayft-base", "rayft-rag", "rayft-auto"]
+        reply = ask_over_http(url, "What does Ghana export?")
+        assert reply.details["strategy"] == "rag" and reply.details["release"].startswith("release/tiny/")
+        assert len(reply.details["hits"]) == 3 and reply.details["hits"][0]["title"] == "Ghana"
+        hits = httpx.post(f"{url}/v1/search", json={"query": "paprika", "k": 2}).json()["data"]
+        assert hits[0]["title"] == "Hungary"
+        with pytest.raises(UserError, match="lacks a part that rayft-raft needs"):
+            ask_over_http(url, "What does Ghana export?", "rayft-raft")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert not listening(port)
+    text = log.read_text()
+    assert f"curl -s {url}/v1/chat/completions" in text and text.rstrip().endswith("serve: stopped")
+    assert "Traceback" not in text and "Ghana" not in text
