@@ -24,11 +24,13 @@ from cluster.recipe import load_recipe
 from evaluation import cli as evaluation_cli
 from evaluation.config import EvaluationRecipe
 from retrieval.cli import index_app
+from serving.cli import serving_app
 from training.cli import samples_app, train_app
 
 if TYPE_CHECKING:
-    from cluster.releases import Release
-    from cluster.store import Artifact, Store
+    from cluster.store import Artifact, ArtifactRef, Store
+    from retrieval.records import Hit, Question
+    from serving.records import Answer
 
 PATH_KEYS = ("model.base", "encoder.model")
 """Recipe keys that may hold a local path although their name does not say so."""
@@ -98,7 +100,207 @@ app.add_typer(index_app(load), name="index")
 app.add_typer(samples_app(load), name="samples")
 app.add_typer(train_app(load), name="train")
 evaluation_cli.register(app, load)
+app.add_typer(serving_app(load))
 app.add_typer(cluster_app(load, PATH_KEYS))
+
+
+@app.command()
+def demo(
+    recipe: RecipeArgument = "factbook",
+    region: Annotated[str, typer.Option(help="Region of the Factbook, or `all` (256 countries and territories).")] = "",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the graph up at the end, until Ctrl-C.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Run every stage: index, a first answer, samples, two adapters, evaluation, the served graph."""
+    from cluster.session import ray_session
+    from cluster.store import Store
+    from serving.service import check_port
+
+    began = time.monotonic()
+    loaded = load(recipe, [*(overrides or []), *([f"source.region={region}"] if region else [])])
+    check_port(loaded.serve)
+    store = Store(loaded.store.uri)
+    with ray_session(loaded.ray):
+        index = build_index_and_answer(loaded, store)
+        samples, adapters = train_both(loaded, store, index)
+        compare_and_promote(loaded, store, index, samples, adapters)
+        serve_and_ask(loaded, store, samples, keep=keep)
+    say(f"demo: done in {describe_seconds(time.monotonic() - began)}; everything is in {store.uri}")
+
+
+def build_index_and_answer(recipe: Recipe, store: Store) -> Artifact:
+    """The index; when nothing was released on it yet, also a first answer from it, before the long part."""
+    from cluster.releases import open_release
+    from retrieval.index import build_index
+    from retrieval.questions import read_questions
+    from training.splits import NEW_DOCUMENTS
+
+    index = build_index(recipe, store)
+    if store.current("release", recipe.name) and open_release(store, recipe.name).index == index.ref:
+        return index
+    questions = read_questions(recipe.questions.path)
+    asked = pick_questions([q for q in questions if q.split == NEW_DOCUMENTS] or questions, 1, recipe.seed)
+    say("demo: a first answer, by retrieval alone (RAG), before any training:")
+    answer, hits = answer_with_rag(recipe, index, asked[0].text)
+    say(describe_answer(asked[0].text, answer, hits))
+    return index
+
+
+def pick_questions(questions: list[Question], count: int, seed: int) -> list[Question]:
+    """A seeded choice over different kinds of question."""
+    from evaluation.selection import select_questions
+
+    return select_questions(questions, count, seed)
+
+
+def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Answer, list[Hit]]:
+    """One answer by the base model over passages of the index, in this process."""
+    from retrieval.retriever import Retriever
+    from serving.answering import finish, prepare
+    from serving.strategies import STRATEGIES
+    from serving.transformers_engine import TransformersEngine
+    from training.base_model import base_model_directory
+    from training.format import PromptFormat
+
+    retriever = Retriever.open(index, recipe.encoder, gpu=recipe.index.gpu)
+    hits = retriever.search([question], min(recipe.generation.passages, len(retriever)))[0]
+    prompt_format, rag = PromptFormat.load(recipe.prompt, recipe.language), STRATEGIES["rag"]
+    request = prepare(question, rag, hits, prompt_format, (), recipe.generation, seed=recipe.seed)
+    base = base_model_directory(recipe.model)
+    engine = TransformersEngine(
+        base, {}, recipe.model.precision, recipe.generation.batch_rows, recipe.generation.threads
+    )
+    try:
+        completion = engine.generate([request])[0]
+    finally:
+        engine.close()
+    return finish(completion, rag, hits, prompt_format), hits
+
+
+def describe_answer(question: str, answer: Answer, hits: list[Hit]) -> str:
+    """Question, answer, and the passages that it was given, best first."""
+    lines = [f"Q: {question}", f"A: {answer.answer or answer.error}", "Sources:"]
+    for hit in hits:
+        passage = hit.passage
+        place = " | ".join(part for part in (passage.title, passage.heading) if part)
+        text = " ".join(passage.text.split())
+        lines.append(f"  [{hit.rank}] {place}: {text if len(text) <= 120 else text[:119] + '…'}")
+        lines.append(f"      {passage.uri or passage.doc_id}, characters {passage.start} to {passage.end}")
+    return "\n".join(lines)
+
+
+def train_both(recipe: Recipe, store: Store, index: Artifact) -> tuple[Artifact, dict[str, Artifact]]:
+    """The samples, and the adapters by role."""
+    from training.lora import ROLES, train_adapter
+    from training.samples import build_samples
+
+    samples = build_samples(recipe, store, index)
+    return samples, {role: train_adapter(recipe, store, samples, objective) for objective, role in ROLES.items()}
+
+
+def compare_and_promote(
+    recipe: Recipe, store: Store, index: Artifact, samples: Artifact, adapters: dict[str, Artifact]
+) -> None:
+    """The report, then a release of exactly what was evaluated, made the one that is served."""
+    from cluster.releases import promote
+    from evaluation.report import evaluate
+
+    evaluate(recipe, store, index, samples, adapters)
+    ref = release_of(recipe, store, index, samples, adapters)
+    if store.current("release", recipe.name) != ref.version:
+        promote(store, recipe.name, ref.version)
+        say(f"release: {ref} is promoted")
+    else:
+        say(f"release: {ref} is current")
+
+
+def release_of(
+    recipe: Recipe, store: Store, index: Artifact, samples: Artifact | None, adapters: dict[str, Artifact]
+) -> ArtifactRef:
+    """The release of these artifacts and the recipe's base model, published but not promoted."""
+    from cluster.model_source import model_digest
+    from cluster.releases import publish_release
+    from training.base_model import base_model_directory
+    from training.format import FORMAT_VERSION
+
+    return publish_release(
+        store,
+        recipe.name,
+        index=index.ref,
+        samples=samples.ref if samples else None,
+        adapters={role: adapter.ref for role, adapter in adapters.items()},
+        base_digest=model_digest(base_model_directory(recipe.model)),
+        prompt_format=FORMAT_VERSION,
+    )
+
+
+def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool) -> None:
+    """The graph, three held-out questions over HTTP, and the line to try; with `keep` it stays up."""
+    from cluster.releases import open_release
+    from serving.cli import stay_up
+    from serving.client import ask_over_http, curl_line, describe_reply
+    from serving.service import running_service
+    from training.samples import load_questions
+    from training.splits import NEW_DOCUMENTS
+
+    release = open_release(store, recipe.name)
+    held_out = load_questions(samples, NEW_DOCUMENTS) or load_questions(samples)
+    with running_service(recipe, store, release) as base_url:
+        for question in pick_questions(held_out, 3, recipe.seed):
+            say(describe_reply(question.text, ask_over_http(base_url, question.text)))
+            say(f"   expected: {question.answers[0]}")
+        if keep:
+            stay_up(base_url, str(release.ref))
+        else:
+            say(f"Try it yourself: `rayft serve` keeps it up; then\n{curl_line(base_url, held_out[0].text)}")
+
+
+@app.command()
+def release(
+    recipe: RecipeArgument,
+    no_promote: Annotated[bool, typer.Option("--no-promote", help="Only publish it.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Release what the recipe has built so far (the index, and the adapters if there are any) and promote it."""
+    from cluster.releases import promote
+    from cluster.store import Store
+    from retrieval.index import index_plan
+    from training.lora import ROLES, adapter_plan
+    from training.samples import samples_plan
+
+    loaded = load(recipe, overrides or [])
+    store = Store(loaded.store.uri)
+    index = store.open_ref(index_plan(loaded).ref)
+    samples = None
+    adapters: dict[str, Artifact] = {}
+    if loaded.questions.path and store.exists(plan := samples_plan(loaded, index).ref):
+        samples = store.open_ref(plan)
+        for objective, role in ROLES.items():
+            if store.exists(trained := adapter_plan(loaded, samples, objective).ref):
+                adapters[role] = store.open_ref(trained)
+    ref = release_of(loaded, store, index, samples, adapters)
+    if not no_promote:
+        promote(store, loaded.name, ref.version)
+    say(f"release: {ref} with {', '.join(['index', *adapters])} is {'published' if no_promote else 'promoted'}")
+
+
+@app.command()
+def ask(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or one file, of text or Markdown.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    overrides: SetOption = None,
+) -> None:
+    """Index a folder (once, while it stays the same) and answer a question from it, with sources."""
+    from cluster.store import Store
+    from retrieval.index import build_index
+
+    if not question.strip():
+        raise UserError("ask: the question is empty")
+    language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in question) else "en"
+    loaded = load("own_documents", [f"language={language}", *(overrides or []), f"corpus.path={path}"])
+    index = build_index(loaded, Store(loaded.store.uri))
+    answer, hits = answer_with_rag(loaded, index, question)
+    say(describe_answer(question, answer, hits))
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ _COMMANDS = {
     "adapter": "rayft train lora",
     "predictions": "rayft evaluate",
     "report": "rayft evaluate",
+    "release": "rayft release",
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from cluster.store import Artifact
     from training.config import TrainingRecipe
     from training.records import RaftSample
 
@@ -29,13 +30,8 @@ def samples_app(load: Load) -> typer.Typer:
 
     @app.command()
     def build(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-        """Make RAFT and closed-book rows from the questions and the current index."""
-        from cluster.store import Store
-        from training.samples import build_samples
-
-        loaded = load(recipe, overrides or [])
-        store = Store(loaded.store.uri)
-        build_samples(loaded, store, store.open("index", loaded.name))
+        """Make RAFT and closed-book rows from the questions and the index, which is built first where it is stale."""
+        samples_of(load(recipe, overrides or []))
 
     @app.command()
     def show(
@@ -56,6 +52,18 @@ def samples_app(load: Load) -> typer.Typer:
         typer.echo(f"{artifact.ref}: {counts}")
 
     return app
+
+
+def samples_of(recipe: TrainingRecipe) -> Artifact:
+    """The samples of a recipe, bringing the index up to date before them."""
+    from cluster.session import ray_session
+    from cluster.store import Store
+    from retrieval.index import build_index
+    from training.samples import build_samples
+
+    store = Store(recipe.store.uri)
+    with ray_session(recipe.ray):
+        return build_samples(recipe, store, build_index(recipe, store))
 
 
 def describe_sample(sample: RaftSample) -> str:
@@ -84,13 +92,13 @@ def train_app(load: Load) -> typer.Typer:
         ] = "both",
         overrides: SetOption = None,
     ) -> None:
-        """Train LoRA adapters with Ray Train and DeepSpeed."""
+        """Train LoRA adapters with Ray Train and DeepSpeed, on samples that are built first where they are stale."""
         from cluster.store import Store
         from training.lora import train_adapter
 
         loaded = load(recipe, overrides or [])
         store = Store(loaded.store.uri)
-        samples = store.open("samples", loaded.name)
+        samples = samples_of(loaded)
         if objective in ("raft", "both"):
             train_adapter(loaded, store, samples, "raft")
         if objective in ("dsf", "both"):
