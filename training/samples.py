@@ -126,6 +126,7 @@ def _write_raft_rows(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.5,
+        num_gpus=recipe.encoder.gpus_per_actor if recipe.index.gpu else 0,
     )
     drops: collections.Counter[str] = collections.Counter()
     with track("samples", len(rows), "questions") as bar:

@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Python 3.11 as `python3.11` or `python3`; another one with `make PYTHON=… demo`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+EXTRA ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRA)
+RECIPE ?= recipes/factbook.yaml
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test check quick setup serve clean
+
+demo: setup
+	$(BIN)/rayft demo $(RECIPE) $(ARGS)
+
+test: setup check
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "rayft needs Python 3.11, found %d.%d: run make PYTHON=/path/to/python3.11" % v)'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	touch $(STAMP)
+
+# What CI runs, after the set-up.
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry . --quiet
+	$(BIN)/pytest
+
+quick:
+	$(BIN)/pytest -m "not slow"
+
+serve: setup
+	$(BIN)/rayft serve $(RECIPE) $(ARGS)
+
+# The environment and what rayft wrote here; the model cache (~/.cache/rayft) stays.
+clean:
+	rm -rf $(VENV) .rayft .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
