@@ -86,7 +86,9 @@ def model_dtype(precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtyp
     import torch
 
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_has_bfloat16()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else cpu_has_bfloat16()
+        )
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 

@@ -104,6 +104,8 @@ class TrainConfig(Section):
     """GPUs per worker: 0 trains on CPU (gloo), 1 on GPU (NCCL)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    zero3_persistence_threshold: int | None = Field(default=None, ge=0)
+    """ZeRO-3 keeps parameters of fewer elements whole on every worker; none takes DeepSpeed's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 

@@ -6,7 +6,7 @@ model learns to read and write is what it meets in use.
 
 A target is: optional reasoning, optional quotes inside `##begin_quote##…##end_quote##`, then `<ANSWER>: …`
 (the markers of gorilla's RAFT data). `##Reason:` / `##Answer:` of the RAFT paper is read too.
-Not covered: tokenisation and chat templates (training/models.py), retrieval.
+Not covered: tokenisation and chat templates (training/batching.py), retrieval.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cluster.config import Section
 from cluster.errors import UserError
+from cluster.recipe import nearest_key
 from cluster.records import Record
 from retrieval.records import Passage
 from training.config import PromptConfig
@@ -31,13 +33,30 @@ FORMAT_VERSION = 1
 BEGIN_QUOTE = "##begin_quote##"
 END_QUOTE = "##end_quote##"
 ANSWER_MARK = "<ANSWER>:"
+_PROBE = "rayft?"
 
-# Text that would let a document pose as markup, as a target or as another speaker.
+# Text that would let a document pose as markup, as a target or as another speaker: our own marks, and the control
+# tokens of the usual chat templates (ChatML and Llama 3 `<|…|>`, DeepSeek `<｜…｜>`, Gemma, Mistral, Llama 2).
 _MARKUP = re.compile(
-    r"<(?=/?document\b|\||/?ANSWER>|/?s>|start_of_turn|end_of_turn)|##(?=begin_quote|end_quote|Reason|Answer)", re.I
+    r"<(?=\s*/?\s*document\b|[|｜]|\s*/?\s*ANSWER\s*>|/?(?:s|bos|eos|pad|unk)>|/?(?:start|end)_of_turn|<?/?SYS>)"
+    r"|\[(?=/?INST\])|##(?=begin_quote|end_quote|\s*Reason|\s*Answer)",
+    re.I,
 )
-_ANSWER_SPLIT = re.compile(r"<ANSWER>\s*[::]?|##\s*Answer\s*[::]", re.I)
-_QUOTE = re.compile(re.escape(BEGIN_QUOTE) + r"(.*?)(?:" + re.escape(END_QUOTE) + r"|\Z)", re.S)
+_ESCAPES = {"<": "&lt;", "[": "&#91;", "##": "# #"}
+_ANSWER_SPLIT = re.compile(r"<ANSWER>\s*[:\uff1a]?|##\s*Answer\s*[:\uff1a]", re.I)
+_REASON = re.compile(r"##\s*Reason\s*[:\uff1a]", re.I)
+# A quote that a cut-off completion leaves open ends where the next mark begins.
+_QUOTE = re.compile(
+    re.escape(BEGIN_QUOTE)
+    + r"(.*?)(?:"
+    + re.escape(END_QUOTE)
+    + r"|(?="
+    + re.escape(BEGIN_QUOTE)
+    + "|"
+    + _ANSWER_SPLIT.pattern
+    + r")|\Z)",
+    re.S | re.I,
+)
 
 
 class Message(TypedDict):
@@ -97,7 +116,7 @@ class PromptTexts(Section):
     system_without_passages: str
     passage_title: str
     question: str
-    abstention: str
+    abstention: str = Field(pattern=r"\w")
     labels: Labels
 
 
@@ -114,17 +133,55 @@ def load_prompt(config: PromptConfig, language: str) -> PromptTexts:
     """
     path = prompt_path(config, language)
     try:
-        texts = PromptTexts.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise UserError(f"prompt.path: {path} is not a prompt file; copy training/prompts/en.yaml")
+        texts = PromptTexts.model_validate(found)
         texts.passage_title.format(title="", heading="")
-        texts.question.format(question="")
+        asked = texts.question.format(question=_PROBE)
     except OSError as error:
         raise UserError(f"prompt.path: cannot read {path}: {error.strerror}; copy training/prompts/en.yaml") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"prompt.path: {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"prompt.path: {path} is not a prompt file: {' '.join(str(error).split())}") from error
+        raise UserError(f"prompt.path: {path}: {_first_fault(error)}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"prompt.path: {path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt.path: {path} is not UTF-8 (byte {error.start})") from error
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        reason = f"unknown placeholder {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"prompt.path: {path}: {reason}; passage_title knows {{title}} and {{heading}}, question knows {{question}}"
+        ) from error
+    if _PROBE not in asked:
+        raise UserError(f"prompt.path: {path}: question does not show {{question}}, so the model would not see it")
     return texts
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return (
+            f"unknown key {key}; did you mean {nearest_key(key, PromptTexts) or 'a key of training/prompts/en.yaml'}?"
+        )
+    if fault["type"] == "missing":
+        return f"{key} is missing; training/prompts/en.yaml shows every key"
+    return f"{key}: {fault['msg']}"
+
+
+@lru_cache(maxsize=65536)
+def _continues(char: str) -> bool:
+    """Whether a character may melt into the one before it: an accent, a voicing mark, a jamo of a Korean syllable."""
+    first = unicodedata.normalize("NFKC", char)[0]
+    return bool(unicodedata.combining(first)) or "\u1160" <= first <= "\u11ff"
+
+
+def _cluster_end(text: str, start: int) -> int:
+    """The end of the characters that NFKC must see together, from `start`."""
+    end = start + 1
+    while end < len(text) and text[end] >= "\u0300" and _continues(text[end]):
+        end += 1
+    return end
 
 
 def fold(text: str) -> tuple[str, list[int]]:
@@ -137,10 +194,9 @@ def fold(text: str) -> tuple[str, list[int]]:
     origins: list[int] = []
     start = 0
     while start < len(text):
-        end = start + 1
-        while end < len(text) and unicodedata.combining(text[end]):
-            end += 1
-        for char in unicodedata.normalize("NFKC", text[start:end]):
+        end = _cluster_end(text, start)
+        cluster = text[start:end]
+        for char in cluster if cluster.isascii() else unicodedata.normalize("NFKC", cluster):
             if char.isspace():
                 if folded and folded[-1] != " ":
                     folded.append(" ")
@@ -156,28 +212,36 @@ def fold(text: str) -> tuple[str, list[int]]:
 
 
 def find_quote(quote: str, text: str) -> tuple[int, int] | None:
-    """Where `quote` stands in `text`, both folded: character offsets `[start, end)` into `text`, or None."""
+    """Where `quote` stands in `text`, both folded: character offsets `[start, end)` into `text`, or None.
+
+    A match that begins or ends inside what one character folds to (`300 m` in `300 ㎡`) is none.
+    """
     needle, _ = fold(quote)
     haystack, origins = fold(text)
-    if not needle:
-        return None
-    position = haystack.find(needle)
-    if position < 0:
-        return None
-    last = origins[position + len(needle) - 1]
-    end = last + 1
-    while end < len(text) and unicodedata.combining(text[end]):
-        end += 1
-    return origins[position], end
+    position = haystack.find(needle) if needle else -1
+    while position >= 0:
+        end = position + len(needle)
+        if _cuts_between(haystack, origins, position) and _cuts_between(haystack, origins, end):
+            return origins[position], _cluster_end(text, origins[end - 1])
+        position = haystack.find(needle, position + 1)
+    return None
+
+
+def _cuts_between(haystack: str, origins: Sequence[int], place: int) -> bool:
+    """Whether the folded text can be cut before `place` without cutting a character of the original."""
+    inside = 0 < place < len(haystack) and " " not in haystack[place - 1 : place + 1]
+    return not (inside and origins[place - 1] == origins[place])
 
 
 def escape(text: str) -> str:
     """Text in which nothing reads as our markup or as a chat template's control token."""
-    return _MARKUP.sub(lambda match: match.group().replace("<", "&lt;").replace("##", "# #"), text)
+    return _MARKUP.sub(lambda match: _ESCAPES[match.group()], text)
 
 
 def _unescape(text: str) -> str:
-    return text.replace("&lt;", "<").replace("# #", "##")
+    for plain, escaped in _ESCAPES.items():
+        text = text.replace(escaped, plain)
+    return text
 
 
 @dataclass(frozen=True)
@@ -230,25 +294,38 @@ class PromptFormat:
 
     def parse(self, completion: str, passages: Sequence[Passage]) -> ParsedAnswer:
         """Takes a completion apart and checks every quote against the passages shown."""
-        split = _ANSWER_SPLIT.split(completion)
-        answer = split[-1] if len(split) > 1 else _QUOTE.sub(" ", completion)
-        before = _ANSWER_SPLIT.sub(" ", completion[: len(completion) - len(answer)]) if len(split) > 1 else ""
-        quotes = tuple(quote.strip() for quote in _QUOTE.findall(completion) if quote.strip())
-        reasoning = re.sub(r"##\s*Reason\s*[::]", " ", _QUOTE.sub(" ", before), flags=re.I)
+        *before, last = _ANSWER_SPLIT.split(completion)
+        marked = bool(before)
+        if not marked:  # no answer mark: an answer without the format, or reasoning that was cut off
+            last, *before = _REASON.split(completion, maxsplit=1)
+        # An answer that is nothing but a quote is that quote's text; other quotes beside an answer are no part of it.
+        answer = _QUOTE.sub(" ", last)
+        if marked and not answer.strip():
+            answer = _QUOTE.sub(r" \1 ", last)
         answer = " ".join(answer.split())
+        reasoning = _REASON.sub(" ", _QUOTE.sub(" ", " ".join(before)))
+        found = (quote.strip() for quote in _QUOTE.findall(completion))
+        citations = tuple(self._cite(quote, passages) for quote in found if quote)
         return ParsedAnswer(
             reasoning=" ".join(reasoning.split()),
             answer=answer,
-            quotes=quotes,
-            citations=tuple(self._cite(quote, passages) for quote in quotes),
-            abstained=not answer or fold(self.texts.abstention)[0].casefold() in fold(answer)[0].casefold(),
+            quotes=tuple(citation.quote for citation in citations),
+            citations=citations,
+            abstained=not answer or self._abstention() in fold(answer)[0].casefold(),
         )
 
+    def _abstention(self) -> str:
+        """What an answer that abstains says, whether or not it ends in a full stop."""
+        return fold(self.texts.abstention)[0].casefold().rstrip(".!。")
+
     def _cite(self, quote: str, passages: Sequence[Passage]) -> Citation:
-        quote = _unescape(quote)
-        for number, passage in enumerate(passages, start=1):
-            span = find_quote(quote, passage.text)
-            if span:
-                start, end = passage.start + span[0], passage.start + span[1]
-                return Citation(quote, number, passage.doc_id, passage.title, passage.uri, start, end, verified=True)
-        return Citation(quote, 0, "", "", "", 0, 0, verified=False)
+        # The prompt shows passages escaped; a document may also hold `&lt;` of its own.
+        for candidate in dict.fromkeys((quote, _unescape(quote))):
+            for number, passage in enumerate(passages, start=1):
+                span = find_quote(candidate, passage.text)
+                if span:
+                    start, end = passage.start + span[0], passage.start + span[1]
+                    return Citation(
+                        candidate, number, passage.doc_id, passage.title, passage.uri, start, end, verified=True
+                    )
+        return Citation(_unescape(quote), 0, "", "", "", 0, 0, verified=False)

@@ -25,7 +25,7 @@ from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
 from training.base_model import base_model_directory
 from training.config import TrainingRecipe
-from training.format import FORMAT_VERSION
+from training.format import FORMAT_VERSION, PromptFormat
 from training.worker import Objective, WorkerConfig, WorkerReport, run_worker
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def train_adapter(recipe: TrainingRecipe, store: Store, samples: Artifact, objec
 def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: Objective, attempt: Attempt) -> Outcome:
     config = WorkerConfig(
         recipe=recipe.model_dump(include=set(TrainingRecipe.model_fields)),
+        prompt_format=PromptFormat.load(recipe.prompt, recipe.language),
         samples=samples,
         objective=objective,
         epochs=epochs(recipe, objective),

@@ -18,7 +18,13 @@ from training.format import PromptFormat, find_quote, fold
 from training.records import RaftSample
 
 # A line break, or the end of a sentence: a full stop before white space and a capital, a CJK full stop anywhere.
+_LINE_END = re.compile(r"\n+")
 _SENTENCE_END = re.compile(r"\n+|(?<=[.!?])\s+(?=[\"'“(]?[A-Z])|(?<=[。！？])")
+# A number with its sign, thousands separators and decimals: `83,871`, `-0.5`, `2,5`, `1.234.567`. A minus between
+# two figures is a range's dash; `1990,2763` and `1,3,5` are lists.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-\u2212])?(?<!\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|(?<!\d,)\d+,\d{1,2}(?![\d,])|\d+)(?:\.\d+)*"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class RowMaker:
             return "answer too long"
         golden = self._golden_chunk(question, hits)
         if golden is None:
-            return "golden passage not in the index"
+            return "golden passage not in the index, or held out"
         rng = random.Random(f"{self.seed}/{question.question_id}")
         present = rng.random() < self.config.golden_fraction
         if not present and self.config.without_golden == "drop":
@@ -110,7 +116,7 @@ class RowMaker:
             chunk
             for golden in question.golden
             for chunk in self.chunks_of.get(golden.doc_id, ())
-            if golden.matches(chunk)
+            if golden.matches(chunk) and golden.doc_id not in self.held_out
         ]
         if not candidates:
             return None
@@ -125,16 +131,22 @@ class RowMaker:
         )
 
     def quote(self, question: Question, golden: Chunk) -> str:
-        """The shortest sentence of the golden chunk, inside the golden span, that holds the answer; "" if none."""
+        """The shortest sentence of the golden chunk, inside the golden span, that holds the answer; "" if none.
+
+        An answer that a full stop cuts (`St. Petersburg`) is quoted with its whole line.
+        """
         spans = [
             (max(g.start, golden.start) - golden.start, min(g.end, golden.end) - golden.start)
             for g in question.golden
             if g.doc_id == golden.doc_id and g.start is not None and g.end is not None and g.matches(golden)
         ] or [(0, len(golden.text))]
         texts = [golden.text[start:end] for start, end in spans]
-        sentences = [sentence.strip() for text in texts for sentence in _SENTENCE_END.split(text) if sentence.strip()]
-        holding = [sentence for sentence in sentences if mentions(question.answers[0], sentence)]
-        return min(holding, key=len, default="")
+        for ends in (_SENTENCE_END, _LINE_END):
+            pieces = [piece.strip() for text in texts for piece in ends.split(text)]
+            holding = [piece for piece in pieces if mentions(question.answers[0], piece)]
+            if holding:
+                return min(holding, key=len)
+        return ""
 
     def _distractors(
         self, question: Question, golden: Passage, hits: Sequence[Hit], count: int, rng: random.Random
@@ -180,19 +192,30 @@ def _take(pool: Sequence[Passage], count: int, accept: Callable[[Passage], bool]
 
 
 def mentions(answer: str, text: str) -> bool:
-    """Whether `text` holds `answer` (folded, any case), not as a part of a longer Latin word or number."""
+    """Whether `text` holds `answer` (folded, any case), not as a part of a longer word or number.
+
+    `83` is not in `83,871`, `5.5` not in `15.5%`, `5` neither in `5.5` nor in `-5`; Chinese, Japanese, Korean and Thai
+    set no spaces between words, so that there any occurrence counts.
+    """
     needle, haystack = fold(answer)[0].casefold(), fold(text)[0].casefold()
-    if not needle:
+    start = haystack.find(needle) if needle else -1
+    if start < 0:
         return False
-    start = haystack.find(needle)
+    numbers = [match.span() for match in _NUMBER.finditer(haystack)]
     while start >= 0:
         end = start + len(needle)
-        before, after = haystack[start - 1 : start], haystack[end : end + 1]
-        if not (_joins(before, needle[0]) or _joins(needle[-1], after)):
+        cut = any(low < place < high for low, high in numbers for place in (start, end))
+        joined = _joins(haystack[start - 1 : start], needle[0]) or _joins(needle[-1], haystack[end : end + 1])
+        if not (cut or joined):
             return True
         start = haystack.find(needle, start + 1)
     return False
 
 
 def _joins(left: str, right: str) -> bool:
-    return bool(left and right) and left.isascii() and right.isascii() and left.isalnum() and right.isalnum()
+    return _is_word(left) and _is_word(right)
+
+
+def _is_word(char: str) -> bool:
+    """Whether a character is a letter or digit of a script that sets spaces between words."""
+    return char.isalnum() and (char < "\u0590" or "\u1e00" <= char < "\u2000")

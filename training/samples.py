@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cluster.store import Artifact, Attempt, Store
+    from retrieval.retriever import Retriever
 
 SAMPLES_FORMAT = 1
 BLOCK_ROWS = 64
@@ -119,9 +120,10 @@ def _write_raft_rows(
     ]
     if not blocks:
         return collections.Counter()
+    prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
     dataset = ray.data.from_arrow(blocks).map_batches(
         _RaftWriter,
-        fn_constructor_args=(recipe.model_dump(), index, attempt.uri, held_out),
+        fn_constructor_args=(recipe.model_dump(), prompt_format, index, attempt.uri, held_out),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1),
@@ -131,6 +133,8 @@ def _write_raft_rows(
     drops: collections.Counter[str] = collections.Counter()
     with track("samples", len(rows), "questions") as bar:
         for row in dataset.iter_rows():
+            if row["fault"]:
+                raise UserError(row["fault"])
             bar.advance(int(row["questions"]))
             drops.update({reason: int(count) for reason, count in zip(row["reasons"], row["drops"], strict=True)})
     return drops
@@ -139,28 +143,44 @@ def _write_raft_rows(
 class _RaftWriter:
     """Ray Data actor: makes the rows of a block of questions and writes them as one part."""
 
-    def __init__(self, recipe: Mapping[str, Any], index: Artifact, uri: str, held_out: frozenset[str]) -> None:
-        from retrieval.retriever import Retriever
-
+    def __init__(
+        self,
+        recipe: Mapping[str, Any],
+        prompt_format: PromptFormat,
+        index: Artifact,
+        uri: str,
+        held_out: frozenset[str],
+    ) -> None:
         known = {name: value for name, value in recipe.items() if name in TrainingRecipe.model_fields}
         self.recipe = TrainingRecipe.model_validate(known)
+        self.prompt_format = prompt_format
+        self.index = index
         self.uri = uri
-        self.retriever = Retriever.open(index, self.recipe.encoder, gpu=self.recipe.index.gpu)
+        self.held_out = held_out
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        from retrieval.retriever import Retriever
+
+        return Retriever.open(self.index, self.recipe.encoder, gpu=self.recipe.index.gpu)
+
+    @functools.cached_property
+    def maker(self) -> RowMaker:
         chunks_of: dict[str, list[Chunk]] = collections.defaultdict(list)
         for chunk in self.retriever.chunks():
             chunks_of[chunk.doc_id].append(chunk)
-        self.maker = RowMaker(
-            self.recipe.samples,
-            PromptFormat.load(self.recipe.prompt, self.recipe.language),
-            self.recipe.seed,
-            chunks_of,
-            held_out,
-            sorted(set(chunks_of) - held_out),
-        )
+        trainable = sorted(set(chunks_of) - self.held_out)
+        return RowMaker(self.recipe.samples, self.prompt_format, self.recipe.seed, chunks_of, self.held_out, trainable)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        import pyarrow as pa
+        try:
+            questions, drops, fault = *self._write(block), ""
+        except UserError as error:  # Ray would wrap it in a traceback: it travels as data
+            questions, drops, fault = 0, collections.Counter[str](), str(error)
+        return _progress_row(questions, drops, fault)
 
+    def _write(self, block: pa.Table) -> tuple[int, collections.Counter[str]]:
+        """Writes the rows of a block; returns its questions, and how many gave no row, by reason."""
         number = block["block"][0].as_py()
         questions = [Question.from_row(row) for row in block.to_pylist()]
         depth = min(MINING_DEPTH, len(self.retriever))
@@ -170,13 +190,17 @@ class _RaftWriter:
         ]
         rows = [row.to_row() for row in made if isinstance(row, RaftSample)]
         write_part(self.uri, f"raft/part-{number:05d}.parquet", rows, RaftSample.schema())
-        drops = collections.Counter(reason for reason in made if isinstance(reason, str))
-        return pa.table(
-            {"questions": [len(questions)], "reasons": [list(drops)], "drops": [list(drops.values())]},
-            schema=pa.schema(
-                [("questions", pa.int64()), ("reasons", pa.list_(pa.string())), ("drops", pa.list_(pa.int64()))]
-            ),
-        )
+        return len(questions), collections.Counter(reason for reason in made if isinstance(reason, str))
+
+
+def _progress_row(questions: int, drops: Mapping[str, int], fault: str) -> pa.Table:
+    import pyarrow as pa
+
+    names, numbers = pa.list_(pa.string()), pa.list_(pa.int64())
+    return pa.table(
+        {"questions": [questions], "reasons": [list(drops)], "drops": [list(drops.values())], "fault": [fault]},
+        schema=pa.schema([("questions", pa.int64()), ("reasons", names), ("drops", numbers), ("fault", pa.string())]),
+    )
 
 
 def write_part(uri: str, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

@@ -32,7 +32,8 @@ def assign_splits(
     and new questions otherwise. Without one, documents are held out whole, drawn from the seed.
 
     Raises:
-        UserError: An unknown split, a question in both files, or no question left to train on or to test with.
+        UserError: An unknown split, a question in both files, a document that is to be both seen and new, or no
+            question left to train on or to test with.
     """
     for question in (*questions, *(tests or ())):
         if question.split and question.split not in SPLITS:
@@ -46,6 +47,7 @@ def assign_splits(
         split = list(questions)
     else:
         split = _split_by_document(questions, config, seed)
+    _refuse_leaks(split)
     present = {question.split for question in split}
     if TRAIN not in present:
         raise UserError("questions.path: no question is left to train on; lower questions.test_documents_fraction")
@@ -58,35 +60,57 @@ def _with_test_file(questions: Sequence[Question], tests: Sequence[Question]) ->
     both = {q.question_id for q in questions} & {q.question_id for q in tests}
     if both:
         raise UserError(f"questions.test_path: question {min(both)} stands in questions.path too; ids must differ")
-    seen = {golden.doc_id for question in questions for golden in question.golden}
-    tested = [
-        dataclasses.replace(q, split=NEW_QUESTIONS if any(g.doc_id in seen for g in q.golden) else NEW_DOCUMENTS)
-        for q in tests
-    ]
-    return [dataclasses.replace(q, split=TRAIN) for q in questions] + tested
+    trained = [q if q.split else dataclasses.replace(q, split=TRAIN) for q in questions]
+    seen = _documents(q for q in trained if q.split in (TRAIN, NEW_QUESTIONS))
+    tested = []
+    for question in tests:
+        name = NEW_QUESTIONS if any(g.doc_id in seen for g in question.golden) else NEW_DOCUMENTS
+        stated = question.split not in ("", TRAIN)
+        tested.append(question if stated else dataclasses.replace(question, split=name))
+    return trained + tested
+
+
+def _documents(questions: Iterable[Question]) -> set[str]:
+    return {golden.doc_id for question in questions for golden in question.golden}
+
+
+def _refuse_leaks(questions: Sequence[Question]) -> None:
+    """A document that training shows tests nothing new, whatever the file says."""
+    held_out = held_out_documents(questions)
+    for question in questions:
+        leaked = [g.doc_id for g in question.golden if g.doc_id in held_out] if question.split == TRAIN else []
+        if leaked:
+            raise UserError(
+                f"questions.path: question {question.question_id} trains on the document {leaked[0]}, which another "
+                f"question holds back as new; give that one the split {NEW_QUESTIONS}, or leave both splits out"
+            )
 
 
 def _split_by_document(questions: Sequence[Question], config: QuestionsConfig, seed: int) -> list[Question]:
-    documents = sorted({golden.doc_id for question in questions for golden in question.golden})
+    documents = _documents(questions)
     if len(documents) < 2:
         raise UserError(f"questions.path: the questions name {len(documents)} golden documents; splitting needs two")
+    held_out = held_out_documents(questions)
+    stated = held_out | _documents(q for q in questions if q.split in (TRAIN, NEW_QUESTIONS))
+    free = sorted(documents - stated)
     rng = random.Random(f"{seed}/documents")
-    wanted = min(max(1, round(len(documents) * config.test_documents_fraction)), len(documents) - 1)
-    held_out = set(rng.sample(documents, wanted))
+    wanted = min(max(1, round(len(documents) * config.test_documents_fraction)), len(documents) - 1) - len(held_out)
+    held_out |= set(rng.sample(free, min(max(0, wanted), len(free))))
     split = []
     for question in questions:
-        name = TRAIN
-        if any(golden.doc_id in held_out for golden in question.golden):
+        places = {golden.doc_id for golden in question.golden}
+        asked_of_seen = random.Random(f"{seed}/{question.question_id}").random() < config.test_questions_fraction
+        if places and places <= held_out:
             name = NEW_DOCUMENTS
-        elif random.Random(f"{seed}/{question.question_id}").random() < config.test_questions_fraction:
-            name = NEW_QUESTIONS
+        else:  # a question about both a held-out document and another can neither train nor hold the other back
+            name = NEW_QUESTIONS if places & held_out or asked_of_seen else TRAIN
         split.append(dataclasses.replace(question, split=question.split or name))
     return split
 
 
 def held_out_documents(questions: Iterable[Question]) -> set[str]:
     """Documents that no training row may show: those of the new-document splits."""
-    return {g.doc_id for q in questions if q.split in (NEW_DOCUMENTS, NEW_KINDS) for g in q.golden}
+    return _documents(question for question in questions if question.split in (NEW_DOCUMENTS, NEW_KINDS))
 
 
 def spread(questions: Sequence[Question], rows: int, seed: int) -> list[Question]:

@@ -36,6 +36,7 @@ class WorkerConfig:
     """What every worker is told."""
 
     recipe: dict[str, Any]
+    prompt_format: PromptFormat
     samples: Artifact
     objective: Objective
     epochs: int
@@ -149,8 +150,7 @@ def _load_rows(config: WorkerConfig, recipe: TrainingRecipe) -> tuple[list[Token
     from training.samples import load_samples
 
     tokenizer = load_tokenizer(base_model_directory(recipe.model))
-    prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
-    rows = tokenise(load_samples(config.samples, config.objective), tokenizer, prompt_format)
+    rows = tokenise(load_samples(config.samples, config.objective), tokenizer, config.prompt_format)
     fitting = [row for row in rows if len(row.input_ids) <= recipe.train.max_tokens]
     if not fitting:
         raise UserError(
@@ -194,6 +194,7 @@ def _deepspeed_engine(model: Any, recipe: TrainingRecipe, batch_rows: int, dtype
     import deepspeed
     import torch
 
+    _compile_nothing()
     trainable = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -205,14 +206,29 @@ def _deepspeed_engine(model: Any, recipe: TrainingRecipe, batch_rows: int, dtype
     return engine
 
 
+def _compile_nothing() -> None:
+    """Tells DeepSpeed that none of its optional C++ ops can be built.
+
+    On CPU its communication would compile a shared-memory all-reduce at first use, which takes a minute and a C++
+    compiler, and of which only its inference makes use: training exchanges gradients through torch.distributed. This
+    is the table that DeepSpeed itself consults for platforms without the op; filling it also saves the compiler runs
+    with which it would be filled.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def deepspeed_config(recipe: TrainingRecipe, batch_rows: int, *, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration for one micro-batch per step."""
+    threshold = recipe.train.zero3_persistence_threshold
+    persistence = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
     return {
         "train_micro_batch_size_per_gpu": math.ceil(batch_rows / recipe.train.workers),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": GRADIENT_CLIP,
         "bf16": {"enabled": bfloat16},
-        "zero_optimization": {"stage": recipe.train.zero_stage},
+        "zero_optimization": {"stage": recipe.train.zero_stage} | persistence,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -270,6 +286,8 @@ def _save_adapter(engine: Any, uri: str, rank: int, base: str, zero_stage: int) 
         }
     empty = [name for name, value in state.items() if value.numel() == 0]
     assert not empty, f"adapter weights were not gathered: {empty[:3]}"
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise UserError("train.learning_rate: the last step left weights that are not finite; lower it")
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), model, state, base)
         _copy_to(folder, uri)
