@@ -299,6 +299,8 @@ def ask(
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in question) else "en"
     loaded = load("own_documents", [f"language={language}", *(overrides or []), f"corpus.path={path}"])
     index = build_index(loaded, Store(loaded.store.uri))
+    if language == "zh" and loaded.model.base.startswith("embedded:"):
+        say("ask: the embedded SmolLM2 hardly knows Chinese: rely on the sources, or name another --set model.base=…")
     answer, hits = answer_with_rag(loaded, index, question)
     say(describe_answer(question, answer, hits))
 

@@ -66,7 +66,7 @@ class Country:
 def _title(entry: Mapping[str, Any], code: str) -> str:
     names = _subtree(_subtree(entry, "Government"), "Country name")
     for key in ("conventional short form", "conventional long form"):
-        name: str = re.split(r"\s*[(;]", strip_html(str(_subtree(names, key).get("text", ""))))[0]
+        name = re.split(r"\s*[(;]", strip_html(str(_subtree(names, key).get("text", ""))))[0]
         if name and name.lower() not in ("none", "n/a"):
             return name
     return _registry_title(code)
@@ -75,7 +75,7 @@ def _title(entry: Mapping[str, Any], code: str) -> str:
 def _registry_title(code: str) -> str:
     """The longest name that the package's own registry gives a code: `european_union` → `European Union`."""
     source = (_data_directory().parent / "_loader.py").read_text(encoding="utf-8")
-    names = re.findall(rf'"([a-z_]+)": \("[a-z-]+", "{re.escape(code)}"\)', source)
+    names: list[str] = re.findall(rf'"([a-z_]+)": \("[a-z-]+", "{re.escape(code)}"\)', source)
     return max([*names, code], key=len).replace("_", " ").title()
 
 
