@@ -9,6 +9,7 @@ Not covered: what a stage does (the rooms).
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -179,7 +180,8 @@ def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Ans
 
 def describe_answer(question: str, answer: Answer, hits: list[Hit]) -> str:
     """Question, answer, and the passages that it was given, best first."""
-    lines = [f"Q: {question}", f"A: {answer.answer or answer.error}", "Sources:"]
+    cut = " (cut short at generation.max_new_tokens)" if answer.finish_reason == "length" else ""
+    lines = [f"Q: {question}", f"A: {without_repeats(answer.answer) or answer.error}{cut}", "Sources:"]
     for hit in hits:
         passage = hit.passage
         place = " | ".join(part for part in (passage.title, passage.heading) if part)
@@ -187,6 +189,12 @@ def describe_answer(question: str, answer: Answer, hits: list[Hit]) -> str:
         lines.append(f"  [{hit.rank}] {place}: {text if len(text) <= 120 else text[:119] + '…'}")
         lines.append(f"      {passage.uri or passage.doc_id}, characters {passage.start} to {passage.end}")
     return "\n".join(lines)
+
+
+def without_repeats(text: str) -> str:
+    """Text without sentences said before: small models, decoded greedily, say theirs again and again."""
+    sentences = re.split(r"(?<=[.!?。！？])\s*", text)
+    return " ".join(dict.fromkeys(sentence for sentence in sentences if sentence))
 
 
 def train_both(recipe: Recipe, store: Store, index: Artifact) -> tuple[Artifact, dict[str, Artifact]]:

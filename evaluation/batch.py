@@ -236,7 +236,8 @@ def _do_missing(recipe: EvaluationRecipe, parts: Parts, jobs: Sequence[_Job], ru
     )
     by_strategy = {job.strategy: job for job in jobs}
     total = sum(len(job.questions) + len(job.timed) for job in jobs)
-    with track(f"predictions: {', '.join(by_strategy)}", total, "answers") as bar:
+    label = next(iter(by_strategy)) if len(by_strategy) == 1 else f"{len(by_strategy)} strategies"
+    with track(f"predictions: {label}", total, "answers") as bar:
         bar.skip(total - sum(len(task.questions) for task in tasks))
         for result in run.runner(run.workers, settings, tasks):
             ledger = by_strategy[result.strategy].ledger(single=result.single)

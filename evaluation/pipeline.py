@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +210,7 @@ def run_on_ray(config: EvaluateConfig) -> Runner:
         import ray.exceptions
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines would interleave with our progress
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # see _BOUNDED_RETRIES
         rows = [_row_of(task) for task in tasks]
         # One block per window: it is what an actor takes at once, and what the driver commits.
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -289,4 +289,6 @@ def open_retriever(encoder: dict[str, Any], store_uri: str, index: str, gpu: boo
     from retrieval.config import EncoderConfig
     from retrieval.retriever import Retriever
 
-    return Retriever.open(Store(store_uri).open_ref(ArtifactRef.parse(index)), EncoderConfig(**encoder), gpu=gpu)
+    retriever = Retriever.open(Store(store_uri).open_ref(ArtifactRef.parse(index)), EncoderConfig(**encoder), gpu=gpu)
+    retriever.search(["warm up"], 1)  # the encoder is loaded at the first search: 5 s that no user should wait
+    return retriever
