@@ -193,7 +193,7 @@ def describe_answer(question: str, answer: Answer, hits: list[Hit]) -> str:
 
 def without_repeats(text: str) -> str:
     """Text without sentences said before: small models, decoded greedily, say theirs again and again."""
-    sentences = re.split(r"(?<=[.!?。！？])\s*", text)
+    sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text)
     return " ".join(dict.fromkeys(sentence for sentence in sentences if sentence))
 
 

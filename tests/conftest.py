@@ -1,6 +1,7 @@
 """Fixtures that every room's tests share."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +29,10 @@ def ray_module() -> Iterator[None]:
     """One small local Ray for all tests of a module."""
     with ray_session(RayConfig(num_cpus=2)):
         yield
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

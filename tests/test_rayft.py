@@ -1,0 +1,179 @@
+"""The command line: help at once, one line for a mistake, every recipe readable, and the whole demo once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rayft
+from cluster.errors import UserError
+from cluster.recipe import load_recipe
+from cluster.store import Store
+
+ROOT = Path(rayft.__file__).parent
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+COMMANDS = (
+    [],
+    *([name] for name in ("demo", "ask", "evaluate", "batch", "serve", "submit", "release", "promote", "rollback")),
+    ["gc"],
+    ["doctor"],
+    ["index", "build"],
+    ["index", "search"],
+    ["samples", "build"],
+    ["samples", "show"],
+    ["train", "lora"],
+)
+
+
+def run(*words: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, "-m", "rayft", *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "rayft")
+def test_help_of_each_command_describes_it_without_heavy_imports(words, tmp_path):
+    code = (
+        "import sys, rayft\n"
+        f"sys.argv = ['rayft', *{words!r}, '--help']\n"
+        "try:\n    rayft.main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'ray', 'faiss', 'transformers', 'deepspeed', 'pandas', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_committed_recipe_is_read_by_file_and_by_name(name):
+    by_file = load_recipe(str(ROOT / "recipes" / name), [], rayft.Recipe)
+    assert load_recipe(name.removesuffix(".yaml"), [], rayft.Recipe) == by_file
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["index", "build", "factbook", "--set", "corpus.pth=x"], "did you mean `corpus.path`"),
+        (["index", "build", "factbook", "--set", "chunking.max_tokens=many"], "chunking.max_tokens"),
+        (["index", "build", "nowhere.yaml"], "nowhere.yaml"),
+        (["index", "build", "own_documents"], "corpus.path is empty"),
+        (["index", "build", "own_documents", "--set", "corpus.path=missing"], "corpus.path: missing does not exist"),
+        (["index", "build", "own_documents", "--set", "corpus.path=empty"], "corpus.path: empty"),
+        (
+            ["index", "build", "own_documents", "--set", "corpus.path=docs", "--set", "store.uri=file/store"],
+            "store.uri",
+        ),
+        (["evaluate", "factbook", "--set", "evaluate.strategies=[rga]"], "evaluate.strategies"),
+        (["demo", "factbook", "--region", "mars"], "source.region: no region 'mars'"),
+        (["demo", "factbook", "--set", "corpus.path=docs"], "questions.path is empty"),
+        (["samples", "build", "own_documents", "--set", "corpus.path=docs"], "questions.path is empty"),
+        (["serve", "factbook"], "no release"),
+        (["evaluate", "factbook"], "no release"),
+        (["ask", "missing", "why?"], "corpus.path"),
+        (["ask", "docs", " "], "the question is empty"),
+        (["submit", "factbook", "--", "index", "bild"], "no command `bild`"),
+    ],
+)
+def test_mistake_ends_in_one_line_and_status_2(words, told, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "kettle.txt").write_text("The kettle holds 1.7 litres.", encoding="utf-8")
+    (tmp_path / "file").write_text("not a directory", encoding="utf-8")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("rayft: ")
+    assert told in lines[0]
+    assert not list((tmp_path / ".rayft" / "store").glob("*/*/*/manifest.json"))
+
+
+def test_more_passages_than_the_corpus_has_are_refused_by_name(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "kettle.txt").write_text("The kettle holds 1.7 litres.", encoding="utf-8")
+    settings = ("own_documents", "--set", "corpus.path=docs", "--set", "index.search=lexical")
+    assert run("index", "build", *settings, cwd=tmp_path).returncode == 0
+    found = run("index", "search", "own_documents", "kettle", "-k", "9", *settings[1:], cwd=tmp_path)
+    assert found.returncode == 2
+    assert "the index has 1 chunks" in found.stderr
+
+
+def test_source_with_files_of_ones_own_leaves_them_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("factbook", ["corpus.path=c.jsonl", "questions.path=q.jsonl"], rayft.Recipe)
+    assert rayft.with_source(recipe) == recipe
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_that_cannot_be_written_names_its_key(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    recipe = load_recipe("factbook", [f"source.directory={tmp_path}/file/data"], rayft.Recipe)
+    with pytest.raises(UserError, match=r"source\.directory"):
+        rayft.with_source(recipe)
+
+
+def test_repeated_sentences_are_told_once_and_numbers_stay_whole():
+    assert rayft.without_repeats("It holds 1.7 litres. It holds 1.7 litres. Yes.") == "It holds 1.7 litres. Yes."
+    assert rayft.without_repeats("保修三年。保修三年。") == "保修三年。"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_demo_on_a_small_region_builds_measures_and_serves_and_skips_the_second_time(tmp_path, free_port):
+    recipe = {
+        "extends": str(ROOT / "recipes" / "factbook.yaml"),
+        "name": "small",
+        "source": {"name": "factbook", "region": "central-asia"},
+        "samples": {"raft_rows": 24, "dsf_rows": 16},
+        "train": {"dsf_epochs": 1},
+        "generation": {"max_new_tokens": 24},
+        "evaluate": {"new_documents": 4, "new_questions": 2, "latency_rows": 1},
+        "serve": {"port": free_port},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    first = run("demo", "small.yaml", cwd=tmp_path, timeout_s=1200)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    for part in (
+        "a first answer",
+        "hallucination",
+        "route: raft",
+        "expected:",
+        "curl -s http://127.0.0.1",
+        "demo: done",
+    ):
+        assert part in first.stdout
+
+    store = Store(str(tmp_path / ".rayft" / "store"))
+    report = json.loads(store.open("report", "small").path("report.json").read_text(encoding="utf-8"))
+    assert set(report["strategies"]) == {"base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft"}
+    for metrics in report["strategies"].values():
+        assert {"value", "low", "high", "n"} <= metrics["exact_match"].keys()
+        assert metrics["exact_match"]["n"] == 4
+    adapter = store.open("adapter", "small-raft")
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.path for file in adapter.manifest.files}
+    assert adapter.manifest.counts["rows"] == 24
+
+    second = run("demo", "small.yaml", cwd=tmp_path, timeout_s=600)
+    assert second.returncode == 0, second.stderr[-3000:]
+    for kind in ("index", "samples", "adapter", "report"):
+        assert f"{kind}: up to date ({kind}/small" in second.stdout
+    assert "building" not in second.stdout
+
+    edited = run("samples", "build", "small.yaml", "--set", "samples.distractors=3", cwd=tmp_path, timeout_s=300)
+    assert "index: up to date" in edited.stdout
+    assert "samples.distractors changed from 2 to 3" in edited.stdout
