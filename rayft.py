@@ -134,9 +134,11 @@ def build_index_and_answer(recipe: Recipe, store: Store) -> Artifact:
     from cluster.releases import open_release
     from retrieval.index import build_index
     from retrieval.questions import read_questions
+    from retrieval.retriever import require_chunks
     from training.splits import NEW_DOCUMENTS
 
     index = build_index(recipe, store)
+    require_chunks(index, recipe.generation.passages, "generation.passages")
     if store.current("release", recipe.name) and open_release(store, recipe.name).index == index.ref:
         return index
     questions = read_questions(recipe.questions.path)

@@ -29,6 +29,7 @@ from evaluation.records import Prediction
 from evaluation.selection import questions_digest, require_distinct, select_questions
 from evaluation.windows import WindowLedger, read_predictions
 from retrieval.records import Question
+from retrieval.retriever import require_chunks
 from serving.strategies import AUTO, Strategy, require_strategy
 from training.format import FORMAT_VERSION, PromptFormat, prompt_path
 
@@ -156,6 +157,7 @@ def answer_all(
     require_distinct(questions)
     for strategy in strategies:
         require_strategy(strategy, parts.strategies())
+    require_chunks(parts.index, recipe.generation.passages, "generation.passages")
     plans = {
         strategy: predictions_plan(
             recipe, parts, strategy, questions, latency_rows=latency_rows, name_suffix=name_suffix

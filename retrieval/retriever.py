@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 SPARE_HITS = 16
 
 
+def require_chunks(index: Artifact, k: int, key: str) -> None:
+    """Refuses a `k` that no search of the index could fill, before anything is loaded.
+
+    Raises:
+        UserError: naming `key`, the recipe key that `k` came from.
+    """
+    chunks = int(index.manifest.counts["chunks"])
+    if not 1 <= k <= chunks:
+        raise UserError(f"{key} is {k} but the index has {chunks} chunks: set {key} to between 1 and {chunks}")
+
+
 class Retriever:
     """An opened index. Searches on CPU may run from several threads; on a GPU they take turns."""
 

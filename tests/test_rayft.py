@@ -111,6 +111,12 @@ def test_more_passages_than_the_corpus_has_are_refused_by_name(tmp_path):
     found = run("index", "search", "own_documents", "kettle", "-k", "9", *settings[1:], cwd=tmp_path)
     assert found.returncode == 2
     assert "the index has 1 chunks" in found.stderr
+    (tmp_path / "questions.jsonl").write_text(
+        '{"_id": "q", "text": "How much?", "answers": ["1.7"], "golden": ["kettle.txt"]}'
+    )
+    demo = run("demo", *settings, "--set", "questions.path=questions.jsonl", cwd=tmp_path)
+    assert demo.returncode == 2
+    assert demo.stderr.strip().startswith("rayft: generation.passages is 3 but the index has 1 chunks")
 
 
 def test_source_with_files_of_ones_own_leaves_them_alone(tmp_path, monkeypatch):

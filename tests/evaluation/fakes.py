@@ -101,7 +101,7 @@ def make_recipe(store: Store | str, **evaluate: object) -> EvaluationRecipe:
 def stub_artifact(store: Store, kind: str, name: str) -> Artifact:
     def build(attempt):
         (attempt.directory / "content.txt").write_text(f"{kind} {name}\n", encoding="utf-8")
-        return Outcome()
+        return Outcome(counts={"chunks": 100})
 
     return run_stage(store, Plan(kind=kind, name=name), build)
 
