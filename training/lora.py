@@ -22,10 +22,10 @@ from cluster.errors import UserError
 from cluster.model_source import model_digest
 from cluster.progress import track
 from cluster.session import ray_session
-from cluster.stage import Outcome, Plan, run_stage
+from cluster.stage import Outcome, Plan, digest_path, run_stage
 from training.base_model import base_model_directory
 from training.config import TrainingRecipe
-from training.format import FORMAT_VERSION, PromptFormat
+from training.format import FORMAT_VERSION, PromptFormat, prompt_path
 from training.worker import Objective, WorkerConfig, WorkerReport, run_worker
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def train_adapter(recipe: TrainingRecipe, store: Store, samples: Artifact, objec
     """The adapter of `recipe` for an objective, trained unless the same exists.
 
     Raises:
-        UserError: Workers that the cluster cannot hold, more workers than rows in a step, or a loss that is not finite.
+        UserError: Workers that the cluster cannot hold, more workers than rows in a step, a loss that is not finite,
+            or another prompt file than that of the samples.
     """
     rows = batch_rows(recipe, objective)
     if recipe.train.workers > rows:
@@ -82,8 +83,18 @@ def train_adapter(recipe: TrainingRecipe, store: Store, samples: Artifact, objec
         raise UserError(
             f"train.workers is {recipe.train.workers} but {key} is {rows}: each worker needs a row of a step"
         )
+    _refuse_other_prompt(recipe, samples)
     plan = adapter_plan(recipe, samples, objective)
     return run_stage(store, plan, functools.partial(_build, recipe, store, samples, objective))
+
+
+def _refuse_other_prompt(recipe: TrainingRecipe, samples: Artifact) -> None:
+    """Targets were written for the prompt that the samples were built with: another must not be trained in."""
+    path = prompt_path(recipe.prompt, recipe.language)
+    if samples.manifest.inputs.get("prompt.path") != digest_path(str(path), key="prompt.path"):
+        raise UserError(
+            f"prompt.path: {path} is not what {samples.ref} was built with; run `rayft samples build RECIPE` first"
+        )
 
 
 def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: Objective, attempt: Attempt) -> Outcome:
@@ -170,15 +181,16 @@ def _fit(recipe: TrainingRecipe, config: WorkerConfig, storage: str) -> WorkerRe
 
 
 def _blame(error: Exception) -> Exception:
-    """The worker's own `UserError` inside what Ray Train raises, or the error itself."""
+    """The `UserError` that a worker raised, inside what Ray Train makes of it; any other error as it is."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
-    for failure in (*failures, error):
+    failures.append(getattr(error, "controller_failure", None) or error)
+    for failure in failures:
         seen: BaseException | None = failure
         while seen is not None:
-            cause = getattr(seen, "cause", None)
-            for candidate in (seen, cause):
-                if isinstance(candidate, UserError):
-                    return UserError(str(candidate).splitlines()[-1] if isinstance(candidate, Exception) else "")
+            # Ray's own wrapper is a `UserError` as well, but its text is the traceback.
+            original = getattr(seen, "cause", None) or seen
+            if isinstance(original, UserError):
+                return original
             seen = seen.__cause__
     return error
 

@@ -9,14 +9,17 @@ Not covered: one row's content (training/raft_rows.py), splits (training/splits.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from cluster.progress import say, track
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, digest_path, run_stage
+from retrieval.documents import join_path, open_filesystem
 from retrieval.questions import read_questions
 from retrieval.records import Chunk, Question
 from training.config import TrainingRecipe
@@ -74,9 +77,8 @@ def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome
     questions = assign_splits(read_questions(recipe.questions.path), tests, recipe.questions, recipe.seed)
     candidates = spread([q for q in questions if q.split == TRAIN and q.golden], len(questions), recipe.seed)
     held_out = frozenset(held_out_documents(questions))
-    with ray_session(recipe.ray):
-        drops = _write_raft_rows(recipe, index, attempt, candidates[: recipe.samples.raft_rows], held_out)
-    raft = _read_rows(attempt.directory / "raft", RaftSample) if (attempt.directory / "raft").is_dir() else []
+    drops = _write_raft_rows(recipe, index, attempt, candidates[: recipe.samples.raft_rows], held_out)
+    raft = _read_parts(attempt.uri)
     if not raft:
         raise UserError(f"samples: none of {len(candidates)} training questions gave a row: {_describe(drops)}")
     dsf, asked = _dsf_rows(recipe, candidates[: recipe.samples.dsf_rows])
@@ -109,7 +111,6 @@ def _write_raft_rows(
 ) -> collections.Counter[str]:
     """Writes `raft/part-N.parquet`, a part per block of questions; returns how many gave no row, by reason."""
     import pyarrow as pa
-    import ray
 
     rows = [question.to_row() for question in questions]
     blocks = [
@@ -121,23 +122,40 @@ def _write_raft_rows(
     if not blocks:
         return collections.Counter()
     prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        _RaftWriter,
-        fn_constructor_args=(recipe.model_dump(), prompt_format, index, attempt.uri, held_out),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0.5,
-        num_gpus=recipe.encoder.gpus_per_actor if recipe.index.gpu else 0,
-    )
+    arguments = (recipe.model_dump(), prompt_format, index, attempt.uri, held_out)
+    # One block gives workers nothing to share, and starting them takes longer than the work itself.
+    alone = len(blocks) == 1 and recipe.ray.address is None and not recipe.index.gpu
     drops: collections.Counter[str] = collections.Counter()
-    with track("samples", len(rows), "questions") as bar:
-        for row in dataset.iter_rows():
+    with (
+        contextlib.nullcontext() if alone else ray_session(recipe.ray),
+        track("samples", len(rows), "questions") as bar,
+    ):
+        for row in _write_here(blocks, arguments) if alone else _write_on_workers(blocks, arguments):
             if row["fault"]:
                 raise UserError(row["fault"])
             bar.advance(int(row["questions"]))
             drops.update({reason: int(count) for reason, count in zip(row["reasons"], row["drops"], strict=True)})
     return drops
+
+
+def _write_here(blocks: Sequence[pa.Table], arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    writer = _RaftWriter(*arguments)
+    for block in blocks:
+        yield from writer(block).to_pylist()
+
+
+def _write_on_workers(blocks: Sequence[pa.Table], arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    import ray
+
+    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+        _RaftWriter,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.5,
+    )
+    yield from dataset.iter_rows()
 
 
 class _RaftWriter:
@@ -208,14 +226,12 @@ def write_part(uri: str, name: str, rows: list[dict[str, Any]], schema: pa.Schem
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from retrieval.documents import join_path, open_filesystem
-
     filesystem, inner = open_filesystem(join_path(uri, name))
     filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), inner, filesystem=filesystem)
 
 
-def write_table(path: Any, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Writes rows as one local Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -249,17 +265,28 @@ def _choose_examples(raft: Sequence[RaftSample]) -> list[RaftSample]:
     return sorted(quoted, key=lambda row: (sum(len(p.text) for p in row.passages), row.sample_id))[:EXAMPLES]
 
 
-def _read_rows(path: Any, record: type[RaftSample]) -> list[RaftSample]:
+def _read_parts(uri: str) -> list[RaftSample]:
+    """The RAFT rows below a directory, from where the workers wrote them, in the order of their blocks."""
+    import pyarrow.fs as pafs
     import pyarrow.parquet as pq
 
-    files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
-    return [record.from_row(row) for file in files for row in pq.read_table(file).to_pylist()]
+    filesystem, inner = open_filesystem(join_path(uri, "raft"))
+    files = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    paths = sorted(file.path for file in files if file.path.endswith(".parquet"))
+    return [
+        RaftSample.from_row(row) for path in paths for row in pq.read_table(path, filesystem=filesystem).to_pylist()
+    ]
+
+
+def _read_rows(path: Path) -> list[RaftSample]:
+    import pyarrow.parquet as pq
+
+    return [RaftSample.from_row(row) for row in pq.read_table(path).to_pylist()]
 
 
 def load_samples(samples: Artifact, objective: str) -> list[RaftSample]:
     """The rows of an objective (`raft` or `dsf`), in training order before shuffling."""
-    directory = samples.directory()
-    return _read_rows(directory / ("raft" if objective == "raft" else "dsf.parquet"), RaftSample)
+    return _read_parts(str(samples.directory())) if objective == "raft" else _read_rows(samples.path("dsf.parquet"))
 
 
 def load_questions(samples: Artifact, split: str | None = None) -> list[Question]:
@@ -272,5 +299,5 @@ def load_questions(samples: Artifact, split: str | None = None) -> list[Question
 
 def load_examples(samples: Artifact) -> tuple[WorkedExample, ...]:
     """Worked examples for few-shot prompts, best first."""
-    rows = _read_rows(samples.path("examples.parquet"), RaftSample)
+    rows = _read_rows(samples.path("examples.parquet"))
     return tuple(WorkedExample(row.question, row.passages, row.target) for row in rows)

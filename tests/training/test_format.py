@@ -252,7 +252,9 @@ def test_parse_quote_after_the_answer_mark_is_not_part_of_the_answer():
 
 
 def test_parse_full_width_colon_is_read():
-    parsed = prompt_format("zh").parse("##begin_quote##首都是巴黎。##end_quote##\n<ANSWER>：巴黎", [passage("首都是巴黎。")])
+    parsed = prompt_format("zh").parse(
+        "##begin_quote##首都是巴黎。##end_quote##\n<ANSWER>：巴黎", [passage("首都是巴黎。")]
+    )
     assert parsed.answer == "巴黎"
     assert parsed.citations[0].verified
     parsed = prompt_format("zh").parse("##Reason：文中写明。 ##Answer：巴黎", [])

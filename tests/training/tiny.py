@@ -40,7 +40,9 @@ def country_questions() -> list[Question]:
         facts += [("goods", f"What is there in summer in {title}?", GOODS[place], "temperate; cold winters and ")]
         for year in EXPORT_YEARS:
             before = f"In year {year} it exported "
-            facts.append(("exports", f"How many tons did {title} export in {year}?", f"{year} tons", before))
+            facts.append(
+                ("exports", f"How much did {title} export in {year}?", f"{year - 1990} tons of {GOODS[place]}", before)
+            )
         for number, (kind, asked, answer, before) in enumerate(facts):
             start = text.index(before + answer)
             golden = (Golden(doc_id, start, start + len(before + answer)),)
@@ -76,5 +78,5 @@ def training_recipe(folder: Path, corpus: Path, encoder: Path, base: Path, **sec
         "train": {"max_tokens": 4000, "threads_per_worker": 1, "learning_rate": 3e-3},
     }
     for section, given in sections.items():
-        values[section] = {**values[section], **given} if isinstance(given, dict) else given
+        values[section] = {**values.get(section, {}), **given} if isinstance(given, dict) else given
     return TrainingRecipe.model_validate(values)
