@@ -32,6 +32,7 @@ HELD_OUT_KINDS = ("irrigated_land", "tobacco_use")
 MIN_KINDS_PER_TEST_DOCUMENT = 20
 FORMAT = 1
 
+
 def strip_html(text: str) -> str:
     """Text without tags and entities; `<br>` and paragraphs become line breaks, other white space collapses."""
     text = re.sub(r"<\s*(?:br|/p|/li|/div)\s*/?>", "\n", text, flags=re.I)
@@ -182,8 +183,8 @@ def _held_out(countries: Sequence[Country], facts: Mapping[str, list[_Fact]], se
     """Documents for `test_new_documents`: drawn from the seed among those that most kinds can be asked about."""
     rich = [c for c in countries if len({f.kind.name for f in facts[c.doc_id]}) >= MIN_KINDS_PER_TEST_DOCUMENT]
     wanted = max(HELD_OUT_DOCUMENTS, len(rich) // 4)
-    if len(rich) < wanted + 2:
-        wanted = max(1, len(rich) // 3)
+    if len(rich) < wanted + 2:  # a small region; a lone document is left to train on
+        wanted = max(min(1, len(rich) - 1), len(rich) // 3)
     return {c.doc_id for c in random.Random(seed).sample(rich, wanted)} if rich else set()
 
 

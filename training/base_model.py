@@ -108,11 +108,12 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
     Raises:
         UserError: The directory does not hold a causal LM.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.base: {directory} does not hold a causal LM: {str(error).splitlines()[0]}") from error
 
 
