@@ -299,7 +299,7 @@ class PromptFormat:
         if not marked:  # no answer mark: an answer without the format, or reasoning that was cut off
             last, *before = _REASON.split(completion, maxsplit=1)
         # An answer that is nothing but a quote is that quote's text; other quotes beside an answer are no part of it.
-        answer = _QUOTE.sub(" ", last)
+        answer = _QUOTE.sub(" ", last).replace(END_QUOTE, " ")
         if marked and not answer.strip():
             answer = _QUOTE.sub(r" \1 ", last)
         answer = " ".join(answer.split())

@@ -251,6 +251,10 @@ def test_parse_quote_after_the_answer_mark_is_not_part_of_the_answer():
     assert prompt_format().parse("<ANSWER>: ##begin_quote##It is Rome.##end_quote##", shown).answer == "It is Rome."
 
 
+def test_parse_quote_closed_twice_leaves_no_mark_in_the_answer():
+    assert prompt_format().parse("<ANSWER>: 2025##end_quote##", []).answer == "2025"
+
+
 def test_parse_full_width_colon_is_read():
     parsed = prompt_format("zh").parse(
         "##begin_quote##首都是巴黎。##end_quote##\n<ANSWER>：巴黎", [passage("首都是巴黎。")]
