@@ -56,14 +56,12 @@ def samples_app(load: Load) -> typer.Typer:
 
 def samples_of(recipe: TrainingRecipe) -> Artifact:
     """The samples of a recipe, bringing the index up to date before them."""
-    from cluster.session import ray_session
     from cluster.store import Store
     from retrieval.index import build_index
     from training.samples import build_samples
 
     store = Store(recipe.store.uri)
-    with ray_session(recipe.ray):
-        return build_samples(recipe, store, build_index(recipe, store))
+    return build_samples(recipe, store, build_index(recipe, store))
 
 
 def describe_sample(sample: RaftSample) -> str:
