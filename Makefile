@@ -30,7 +30,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/deptry . --quiet
+	$(BIN)/deptry .
 	$(BIN)/pytest
 
 quick:
