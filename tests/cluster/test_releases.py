@@ -109,7 +109,7 @@ def test_a_release_whose_pin_is_gone_is_neither_promoted_nor_opened(store):
     with pytest.raises(ArtifactError, match=rf"release/x/{two}: its index {index} is not in"):
         promote(store, "x", two)
     assert open_release(store, "x").version == one
-    with pytest.raises(ArtifactError, match="rayft demo RECIPE"):
+    with pytest.raises(ArtifactError, match="rayft release RECIPE"):
         promote(store, "x", "f" * 16)
     with pytest.raises(ArtifactError, match="not an artifact's version"):
         promote(store, "x", "latest")
