@@ -116,9 +116,11 @@ def demo(
     from cluster.session import ray_session
     from cluster.store import Store
     from serving.service import check_port
+    from training.samples import require_questions
 
     began = time.monotonic()
     loaded = load(recipe, [*(overrides or []), *([f"source.region={region}"] if region else [])])
+    require_questions(loaded)
     check_port(loaded.serve)
     store = Store(loaded.store.uri)
     with ray_session(loaded.ray):

@@ -86,7 +86,7 @@ def test_committed_recipe_is_read_by_file_and_by_name(name):
         (["evaluate", "factbook"], "no release"),
         (["ask", "missing", "why?"], "corpus.path"),
         (["ask", "docs", " "], "the question is empty"),
-        (["submit", "factbook", "--", "index", "bild"], "no command `bild`"),
+        (["submit", "factbook", "--", "index", "bild"], "no command `index bild`"),
     ],
 )
 def test_mistake_ends_in_one_line_and_status_2(words, told, tmp_path):

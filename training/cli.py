@@ -58,8 +58,9 @@ def samples_of(recipe: TrainingRecipe) -> Artifact:
     """The samples of a recipe, bringing the index up to date before them."""
     from cluster.store import Store
     from retrieval.index import build_index
-    from training.samples import build_samples
+    from training.samples import build_samples, require_questions
 
+    require_questions(recipe)
     store = Store(recipe.store.uri)
     return build_samples(recipe, store, build_index(recipe, store))
 

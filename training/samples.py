@@ -42,6 +42,17 @@ EXAMPLES = 4
 EXAMPLE_CANDIDATES = 40
 
 
+def require_questions(recipe: TrainingRecipe) -> None:
+    """Refuses a recipe without questions before anything long is begun.
+
+    Raises:
+        UserError: naming `questions.path` or `questions.test_path`.
+    """
+    _questions_digest(recipe.questions.path, "questions.path")
+    if recipe.questions.test_path:
+        _questions_digest(recipe.questions.test_path, "questions.test_path")
+
+
 def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
     """What the samples depend on."""
     inputs = {"questions.path": _questions_digest(recipe.questions.path, "questions.path")}
