@@ -167,7 +167,7 @@ def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Ans
     from training.base_model import base_model_directory
     from training.format import PromptFormat
 
-    retriever = Retriever.open(index, recipe.encoder, gpu=recipe.index.gpu)
+    retriever = Retriever.open(index, recipe.encoder, recipe.search)
     hits = retriever.search([question], min(recipe.generation.passages, len(retriever)))[0]
     prompt_format, rag = PromptFormat.load(recipe.prompt, recipe.language), STRATEGIES["rag"]
     request = prepare(question, rag, hits, prompt_format, (), recipe.generation, seed=recipe.seed)

@@ -92,4 +92,4 @@ def _open_engine(recipe: EvaluationRecipe, store: Store, adapters: Mapping[str, 
 def _open_retriever(recipe: EvaluationRecipe, store: Store, index: ArtifactRef) -> Searches:
     from retrieval.retriever import Retriever
 
-    return Retriever.open(store.open_ref(index), recipe.encoder, gpu=recipe.index.gpu)
+    return Retriever.open(store.open_ref(index), recipe.encoder, recipe.search)

@@ -47,7 +47,7 @@ def index_app(load: Callable[[str, list[str]], RetrievalRecipe]) -> typer.Typer:
 
         loaded = load(recipe, overrides or [])
         artifact = Store(loaded.store.uri).open("index", loaded.name)
-        retriever = Retriever.open(artifact, loaded.encoder, gpu=loaded.index.gpu)
+        retriever = Retriever.open(artifact, loaded.encoder, loaded.search)
         for hit in retriever.search([query], k, key="-k")[0]:
             passage = hit.passage
             header = " | ".join(part for part in (passage.title, passage.heading) if part)

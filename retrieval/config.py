@@ -1,4 +1,7 @@
-"""Recipe sections of the retrieval room: corpus, encoder, chunking, index. Imports no torch, ray or faiss."""
+"""Recipe sections of the retrieval room: corpus, encoder, chunking, index, search, collections.
+
+Imports no torch, ray or faiss.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,40 @@ from pydantic import Field, model_validator
 from cluster.config import BaseRecipe, Section
 
 Language = Literal["en", "zh"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_pq"]
+SearchMode = Literal["auto", "dense", "lexical", "hybrid"]
+UpdateFrequency = Literal["unknown", "static", "yearly", "monthly", "weekly", "daily", "hourly", "realtime"]
+
+
+class ColumnsConfig(Section):
+    """Which columns of a JSON Lines, CSV or Parquet file hold a document's parts; all others become metadata."""
+
+    id: str = "_id"
+    """Document id. Where a file has no such column, a row's id is its file's name and number (`a.csv#7`)."""
+    title: str = "title"
+    """Title; may be absent."""
+    text: str = "text"
+    """Text; a row without it is rejected."""
+    uri: str = "uri"
+    """Address shown with a hit; may be absent."""
+    metadata: str = "metadata"
+    """An object (or its JSON text) whose keys become metadata; may be absent."""
 
 
 class CorpusConfig(Section):
     """Where the documents come from."""
 
     path: str = ""
-    """A BEIR `corpus.jsonl`, or a folder (or one file) of .txt / .md documents."""
+    """A file, a folder or a glob (`docs/**/*.md`), local or at `s3://` or `gs://`.
+    Formats: .txt .md .html .pdf .docx .pptx .jsonl .csv .parquet."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Columns of row formats."""
+    strict: bool = False
+    """Stop at the first document that cannot be read, instead of listing it in `rejected.parquet`."""
+    max_file_mb: float = Field(default=200, gt=0)
+    """A .txt, .md, .html, .pdf, .docx or .pptx file above this many megabytes is rejected."""
+    convert_timeout_s: float = Field(default=120, gt=0)
+    """Seconds after which the conversion of one .html, .pdf, .docx or .pptx file is given up and the file rejected."""
 
 
 class EncoderConfig(Section):
@@ -25,6 +55,8 @@ class EncoderConfig(Section):
     """`embedded:NAME` (a package's model), a local directory, an `s3://` path, or a hub id."""
     revision: str | None = None
     """Pinned revision of a hub model."""
+    tuned: Literal["auto", "never"] = "auto"
+    """`auto` embeds with this recipe's encoder as fine-tuned by `rayft train retriever`, once one is published."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights' precision; `auto` measures both once and takes the faster on CPU, bfloat16 on GPU."""
     batch_tokens: int = Field(default=8192, ge=256)
@@ -34,7 +66,7 @@ class EncoderConfig(Section):
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs that each embedding actor claims."""
     max_unknown_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of unknown tokens in the corpus above which `search: auto` falls back to lexical search."""
+    """Share of unknown tokens in the corpus above which `search.mode: auto` falls back to lexical search."""
 
 
 class ChunkingConfig(Section):
@@ -60,14 +92,53 @@ class ChunkingConfig(Section):
 class IndexConfig(Section):
     """The index artifact."""
 
-    search: Literal["auto", "dense", "lexical"] = "auto"
-    """`auto` is dense, or lexical where the encoder does not know the corpus's language."""
-    kind: Literal["flat", "hnsw", "ivf_flat"] = "flat"
-    """FAISS index type."""
+    kind: IndexKind = "auto"
+    """FAISS index type of each shard; `auto` chooses by size."""
+    recall_target: float = Field(default=0.95, gt=0, le=1)
+    """Recall@`recall_at` against exact search that the search parameters are tuned to reach."""
+    recall_at: int = Field(default=10, ge=1)
+    """k of that recall."""
+    recall_sample: int = Field(default=200, ge=1)
+    """Chunks used as queries to tune and measure recall, for the manifest."""
+    refine: Literal["float32", "float16", "int8"] = "float16"
+    """How `ivf_pq` keeps the vectors that its candidates are rescored with."""
+    shard_chunks: int = Field(default=1_000_000, ge=1)
+    """Most chunks of a shard; shards are built in parallel."""
+    compact_above: float = Field(default=0.2, gt=0, le=1)
+    """Share of deleted rows above which an update rebuilds all shards from what is left."""
+    max_small_shards: int = Field(default=16, ge=1)
+    """Shards filled to less than a tenth above which an update rebuilds them into few."""
+
+
+class SearchConfig(Section):
+    """How the index is searched."""
+
+    mode: SearchMode = "auto"
+    """`dense`, `lexical` (BM25), `hybrid` (both, fused by reciprocal rank), or `auto`: dense, or lexical where the
+    encoder does not know the corpus's language. With `lexical`, the index holds no embeddings."""
+    candidates: int = Field(default=100, ge=1)
+    """Hits of each kind that `hybrid` fuses, and of the first search that a reranker reads; at least k."""
+    rrf_constant: float = Field(default=60, ge=0)
+    """Constant of reciprocal-rank fusion (Cormack et al. 2009): a hit at rank r counts 1 / (constant + r)."""
+    rerank: str = ""
+    """Cross-encoder that orders the best candidates anew (local directory, `s3://` path or hub id); empty: none."""
+    rerank_candidates: int = Field(default=20, ge=1)
+    """Hits that the cross-encoder reads per query; at least k."""
     gpu: bool = False
     """Search on a GPU (needs faiss-gpu)."""
-    recall_sample: int = Field(default=200, ge=1)
-    """Chunks used as queries to measure recall@10 against exact search for the manifest."""
+
+
+class CollectionConfig(Section):
+    """One of several collections, each with its own documents and its own index."""
+
+    corpus: CorpusConfig
+    """Its documents."""
+    encoder: EncoderConfig | None = None
+    """Its encoder; none takes the recipe's."""
+    update_frequency: UpdateFrequency = "unknown"
+    """How often its documents change; the router reads it."""
+    access: tuple[str, ...] = ()
+    """Groups whose members may search it; empty: everybody."""
 
 
 class RetrievalRecipe(BaseRecipe):
@@ -76,6 +147,9 @@ class RetrievalRecipe(BaseRecipe):
     language: Language = "en"
     """Language of prompts, abstention text and labels."""
     corpus: CorpusConfig = CorpusConfig()
+    collections: dict[str, CollectionConfig] = {}
+    """Collections by name (`[a-z0-9_-]`), instead of `corpus`; a search spans those that the caller may see."""
     encoder: EncoderConfig = EncoderConfig()
     chunking: ChunkingConfig = ChunkingConfig()
     index: IndexConfig = IndexConfig()
+    search: SearchConfig = SearchConfig()

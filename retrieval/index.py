@@ -49,14 +49,14 @@ def index_plan(recipe: RetrievalRecipe) -> Plan:
     """
     config: dict[str, Any] = {
         "chunking": recipe.chunking.model_dump(),
-        "index": {"search": recipe.index.search},
+        "search": {"mode": recipe.search.mode},
         "encoder": {},
     }
-    if recipe.index.search != "lexical":
-        config["index"]["kind"] = recipe.index.kind
+    if recipe.search.mode != "lexical":
+        config["index"] = {"kind": recipe.index.kind}
         if recipe.encoder.precision != "auto":
             config["encoder"]["precision"] = recipe.encoder.precision
-    if recipe.index.search == "auto":
+    if recipe.search.mode == "auto":
         config["encoder"]["max_unknown_share"] = recipe.encoder.max_unknown_share
     return Plan(
         kind="index",
@@ -81,7 +81,7 @@ def build_index(recipe: RetrievalRecipe, store: Store) -> Artifact:
 def _check_chunks_fit_encoder(recipe: RetrievalRecipe) -> None:
     longest = encoder_max_tokens(encoder_directory(recipe.encoder))
     wanted = recipe.chunking.max_tokens + SPECIAL_TOKENS
-    if recipe.index.search != "lexical" and longest is not None and wanted > longest:
+    if recipe.search.mode != "lexical" and longest is not None and wanted > longest:
         raise UserError(
             f"chunking.max_tokens is {recipe.chunking.max_tokens}, but {recipe.encoder.model} reads at most {longest} "
             f"tokens, {SPECIAL_TOKENS} of them special: set chunking.max_tokens to {longest - SPECIAL_TOKENS} or less"
@@ -108,8 +108,8 @@ def _build(recipe: RetrievalRecipe, attempt: Attempt) -> Outcome:
 
 
 def _choose_mode(recipe: RetrievalRecipe, share: float) -> Mode:
-    if recipe.index.search != "auto":
-        return recipe.index.search
+    if recipe.search.mode != "auto":
+        return recipe.search.mode
     if share <= recipe.encoder.max_unknown_share:
         return "dense"
     name = recipe.encoder.model.removeprefix("embedded:")
@@ -134,7 +134,7 @@ def _write_search_files(recipe: RetrievalRecipe, mode: Mode, rows: int, uri: str
     say(f"index: {'building FAISS ' + recipe.index.kind if mode == 'dense' else 'building BM25'} over {rows:,} chunks")
     began = time.perf_counter()
     if mode == "dense":
-        settings = (recipe.index.kind, recipe.seed, recipe.index.recall_sample)
+        settings = ("flat" if recipe.index.kind == "auto" else recipe.index.kind, recipe.seed, recipe.index.recall_sample)
         build = functools.partial(build_faiss_file, uri, rows, *settings)
     else:
         build = functools.partial(build_lexical_files, uri)

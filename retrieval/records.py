@@ -71,11 +71,15 @@ class Passage(Record):
 
 @dataclass(frozen=True)
 class Hit(Record):
-    """A passage found by a search; rank counts from 1, a higher score is better."""
+    """A passage found by a search; rank counts from 1, a higher score is better.
+
+    `collection` names the collection it came from; empty in a recipe without collections.
+    """
 
     passage: Passage
     score: float
     rank: int
+    collection: str = ""
 
 
 @dataclass(frozen=True)

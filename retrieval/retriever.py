@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import ArtifactError, UserError
-from retrieval.config import EncoderConfig
+from retrieval.config import EncoderConfig, SearchConfig
 from retrieval.encoder import Encoder, encoder_digest, load_encoder
 from retrieval.index import INDEX_FILE, INDEX_FORMAT, LEXICAL_FOLDER
 from retrieval.lexical import LexicalIndex
@@ -74,19 +74,24 @@ class Retriever:
 
     @classmethod
     def open(
-        cls, artifact: Artifact, encoder: EncoderConfig, *, gpu: bool = False, device: str | None = None
+        cls,
+        artifact: Artifact,
+        encoder: EncoderConfig,
+        search: SearchConfig | None = None,
+        *,
+        device: str | None = None,
     ) -> Retriever:
         """Verify and load an index artifact.
 
         Args:
             artifact: Of kind `index`.
             encoder: The recipe's encoder; loaded at the first dense search.
-            gpu: Search on a GPU (the recipe's `index.gpu`).
+            search: How to search (the recipe's `search` section); none takes the defaults.
             device: Of the query encoder; by default `cuda` where there is one.
 
         Raises:
             ArtifactError: damaged, of another format, or built by another encoder (both are named).
-            UserError: `gpu` where there is no GPU search.
+            UserError: `search.gpu` where there is no GPU search.
         """
         manifest = artifact.manifest
         if manifest.kind != "index" or manifest.format != INDEX_FORMAT:
@@ -100,19 +105,20 @@ class Retriever:
         directory = artifact.directory()
         chunks = _read_chunks(directory)
         rows = int(manifest.counts["chunks"])
-        search: VectorSearch | LexicalIndex
+        gpu = search is not None and search.gpu
+        files: VectorSearch | LexicalIndex
         if lexical:
-            search = LexicalIndex.load(directory / LEXICAL_FOLDER)
-            found = search.texts
+            files = LexicalIndex.load(directory / LEXICAL_FOLDER)
+            found = files.texts
         else:
-            search = VectorSearch(directory / INDEX_FILE, rows, int(manifest.measured["dimension"]), gpu)
-            found = search.rows
+            files = VectorSearch(directory / INDEX_FILE, rows, int(manifest.measured["dimension"]), gpu)
+            found = files.rows
         if not len(chunks) == found == rows:
             raise ArtifactError(
                 f"{artifact.ref}: {rows} chunks in the manifest, {len(chunks)} in its parts and {found} in the search "
                 "files must be equal: rebuild the index"
             )
-        return cls(artifact, chunks, search, encoder, device)
+        return cls(artifact, chunks, files, encoder, device)
 
     def __len__(self) -> int:
         """Number of chunks."""

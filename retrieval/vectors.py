@@ -158,14 +158,14 @@ class VectorSearch:
         import faiss
 
         if not hasattr(faiss, "StandardGpuResources"):
-            raise UserError("index.gpu is true but the installed FAISS is the CPU one: install rayft with .[gpu]")
+            raise UserError("search.gpu is true but the installed FAISS is the CPU one: install rayft with .[gpu]")
         if faiss.get_num_gpus() == 0:
             raise UserError(
-                "index.gpu is true but FAISS sees no GPU here: set index.gpu=false or give the retriever a GPU"
+                "search.gpu is true but FAISS sees no GPU here: set search.gpu=false or give the retriever a GPU"
             )
         if isinstance(index, faiss.IndexHNSW):
             raise UserError(
-                "index.gpu is true but FAISS has no hnsw search on GPUs: set index.kind to flat or ivf_flat"
+                "search.gpu is true but FAISS has no hnsw search on GPUs: set index.kind to flat or ivf_flat"
             )
         self._resources = faiss.StandardGpuResources()  # must outlive the index
         return faiss.index_cpu_to_gpu(self._resources, 0, index)

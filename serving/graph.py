@@ -235,7 +235,7 @@ def build_app(recipe: ServingRecipe, store: Store, release: Release) -> serve.Ap
         open_engine, recipe.model.model_dump(), recipe.generation.model_dump(), store.uri, adapters, release.base_digest
     )
     retriever = functools.partial(
-        open_retriever, recipe.encoder.model_dump(), store.uri, str(release.index), recipe.index.gpu
+        open_retriever, recipe.encoder.model_dump(), recipe.search.model_dump(), store.uri, str(release.index)
     )
     return assemble(served, recipe.router, recipe.serve, Loaders(engine, retriever))
 
@@ -284,11 +284,12 @@ def open_engine(
     return TransformersEngine(base, directories, config.precision, settings.batch_rows, settings.threads)
 
 
-def open_retriever(encoder: dict[str, Any], store_uri: str, index: str, gpu: bool) -> Searches:
+def open_retriever(encoder: dict[str, Any], search: dict[str, Any], store_uri: str, index: str) -> Searches:
     """The retriever of a release; called on the replica."""
-    from retrieval.config import EncoderConfig
+    from retrieval.config import EncoderConfig, SearchConfig
     from retrieval.retriever import Retriever
 
-    retriever = Retriever.open(Store(store_uri).open_ref(ArtifactRef.parse(index)), EncoderConfig(**encoder), gpu=gpu)
+    artifact = Store(store_uri).open_ref(ArtifactRef.parse(index))
+    retriever = Retriever.open(artifact, EncoderConfig(**encoder), SearchConfig(**search))
     retriever.search(["warm up"], 1)  # the encoder is loaded at the first search: 5 s that no user should wait
     return retriever

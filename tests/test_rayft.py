@@ -106,7 +106,7 @@ def test_mistake_ends_in_one_line_and_status_2(words, told, tmp_path):
 def test_more_passages_than_the_corpus_has_are_refused_by_name(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "kettle.txt").write_text("The kettle holds 1.7 litres.", encoding="utf-8")
-    settings = ("own_documents", "--set", "corpus.path=docs", "--set", "index.search=lexical")
+    settings = ("own_documents", "--set", "corpus.path=docs", "--set", "search.mode=lexical")
     assert run("index", "build", *settings, cwd=tmp_path).returncode == 0
     found = run("index", "search", "own_documents", "kettle", "-k", "9", *settings[1:], cwd=tmp_path)
     assert found.returncode == 2

@@ -135,7 +135,7 @@ def _write_raft_rows(
     prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
     arguments = (recipe.model_dump(), prompt_format, index, attempt.uri, held_out)
     # One block gives workers nothing to share, and starting them takes longer than the work itself.
-    alone = len(blocks) == 1 and recipe.ray.address is None and not recipe.index.gpu
+    alone = len(blocks) == 1 and recipe.ray.address is None and not recipe.search.gpu
     drops: collections.Counter[str] = collections.Counter()
     with (
         contextlib.nullcontext() if alone else ray_session(recipe.ray),
@@ -191,7 +191,7 @@ class _RaftWriter:
     def retriever(self) -> Retriever:
         from retrieval.retriever import Retriever
 
-        return Retriever.open(self.index, self.recipe.encoder, gpu=self.recipe.index.gpu)
+        return Retriever.open(self.index, self.recipe.encoder, self.recipe.search)
 
     @functools.cached_property
     def maker(self) -> RowMaker:

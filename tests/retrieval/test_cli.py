@@ -21,7 +21,7 @@ def test_index_build_and_search_print_rank_heading_text_and_place(
     app = typer.Typer()
     app.add_typer(index_app(lambda path, overrides: load_recipe(path, overrides, RetrievalRecipe)), name="index")
     runner = CliRunner()
-    override = ["--set", "index.search=lexical"]
+    override = ["--set", "search.mode=lexical"]
     built = runner.invoke(app, ["index", "build", str(recipe), *override], catch_exceptions=False)
     assert built.exit_code == 0
     found = runner.invoke(app, ["index", "search", str(recipe), "cheese of Denmark", "-k", "2"], catch_exceptions=False)
