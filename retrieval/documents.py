@@ -1,306 +1,181 @@
-"""Reading a user's documents: BEIR `corpus.jsonl`, or .txt / .md files.
+"""A corpus as the index build reads it: list, cut into blocks, sample, read, digest.
 
-In: a path (local, or any pyarrow filesystem URI). Out: `Document` records in a fixed order, or the same corpus cut into
-`CorpusBlock`s (byte ranges or file names, never text) that any Ray worker reads for itself.
-Text is kept exactly as read, so that character offsets stay true.
-Not covered: PDF, HTML and Office files.
+In: the recipe's `corpus` section. Out: `CorpusBlock`s that any Ray worker reads by itself, their documents in a fixed
+order, and what could not be read. The caller never holds the corpus: names, and a bounded sample of texts.
+Not covered: two documents with one id in different blocks (only the index build sees all ids).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
-from cluster.records import Record
-from retrieval.chunking import first_heading
+from retrieval.blocks import BUFFER_BYTES, MEGABYTE, CorpusBlock, Rejection, cut_blocks
+from retrieval.readers import read_items
 from retrieval.records import Document
+from retrieval.sources import (
+    CONVERTED_SUFFIXES,
+    CorpusFile,
+    is_row_format,
+    join_path,
+    list_files,
+    open_filesystem,
+    suffix,
+)
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-TEXT_SUFFIXES = (".txt", ".md", ".markdown")
-MARKDOWN_SUFFIXES = (".md", ".markdown")
-SMALLEST_BLOCK_BYTES = 64 * 1024
-LARGEST_BLOCK_BYTES = 16 * 1024 * 1024
-BLOCKS_AIMED_AT = 256
+    from retrieval.config import CorpusConfig
+
+__all__ = [
+    "BlockContent",
+    "CorpusBlock",
+    "CorpusScan",
+    "Rejection",
+    "corpus_digest",
+    "join_path",
+    "open_filesystem",
+    "read_block",
+    "read_documents",
+    "scan_corpus",
+]
+
+READING_FORMAT = 1
+"""Raised when the same files should give other documents."""
+SAMPLE_BLOCKS = 32
 SAMPLE_DOCUMENTS = 128
 SAMPLE_CHARS = 4000
-
-
-@dataclass(frozen=True)
-class CorpusBlock(Record):
-    """Some consecutive documents of a corpus, by place: bytes `start` to `end` of a .jsonl file, or named files.
-
-    `path` is absolute; `files` are relative to it and empty for a .jsonl file.
-    """
-
-    ordinal: int
-    path: str
-    start: int
-    end: int
-    files: tuple[str, ...] = ()
+DIGEST_THREADS = 8
 
 
 @dataclass(frozen=True)
 class CorpusScan:
-    """One pass over a corpus: how it divides, how many documents it has, and a seeded sample of their text."""
+    """One pass over a corpus's files: how it divides, and a seeded sample of its texts."""
 
     blocks: tuple[CorpusBlock, ...]
-    documents: int
     sample: tuple[str, ...]
+    """At most 128 texts of at most 4000 characters."""
+    files: int
+    bytes: int
+    ignored: int
+    """Files of other formats below the path."""
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where the documents stand, with the filesystem that reads them."""
+class BlockContent:
+    """What one block holds, in order."""
 
-    filesystem: pafs.FileSystem
-    root: str
-    files: tuple[tuple[str, int], ...]
-    """(name relative to root, bytes) in reading order; empty for a .jsonl file."""
-    jsonl_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.jsonl_bytes or sum(size for _, size in self.files)
+    documents: list[Document]
+    rejected: list[Rejection]
 
 
-def read_documents(path: str) -> Iterator[Document]:
-    """The documents at `path`, in order: lines of a .jsonl file, or files by sorted relative name.
+def scan_corpus(
+    config: CorpusConfig, seed: int, block_bytes: int | None = None, key: str = "corpus.path"
+) -> CorpusScan:
+    """List the corpus and cut it into blocks of about `block_bytes` (by default from its size).
+
+    Documents are not read, but for the sample: up to 128, from up to 32 blocks chosen by `seed`.
 
     Raises:
-        UserError: naming `corpus.path`, for a missing path, an empty corpus, a duplicate id, or an unreadable document.
+        UserError: naming `key`, when nothing is there, or no file of a known format.
     """
-    for _, _, document in _documents_with_place(_locate(path)):
-        yield document
+    listed = list_files(config.path, key)
+    blocks = cut_blocks(listed.root, listed.files, config, block_bytes)
+    total = sum(file.size for file in listed.files)
+    return CorpusScan(blocks, _sample(blocks, seed), len(listed.files), total, listed.ignored)
 
 
-def scan_corpus(path: str, seed: int, block_bytes: int | None = None) -> CorpusScan:
-    """Check every document and cut the corpus into blocks of about `block_bytes` (by default from its size).
+def read_block(block: CorpusBlock) -> BlockContent:
+    """The documents of one block. Of documents with one id, all but the first are rejected."""
+    content = BlockContent([], [])
+    seen: set[str] = set()
+    for item in read_items(block):
+        if isinstance(item, Rejection):
+            content.rejected.append(item)
+        elif item.doc_id in seen:
+            content.rejected.append(repeated_id(item))
+        else:
+            seen.add(item.doc_id)
+            content.documents.append(item)
+    return content
 
-    The cut depends on the corpus alone, so the rows that follow from it do not depend on the number of workers.
-    Holds ids and a bounded sample, never the corpus.
+
+def repeated_id(document: Document) -> Rejection:
+    """What becomes of a document whose id an earlier one has."""
+    reason = "has the id of an earlier document: ids must differ"
+    return Rejection(document.uri, f"id {document.doc_id}", reason, len(document.text.encode()))
+
+
+def read_documents(config: CorpusConfig, key: str = "corpus.path") -> Iterator[Document]:
+    """All documents in order, for tests and tools; what cannot be read is left out, or raises with `corpus.strict`."""
+    listed = list_files(config.path, key)
+    for block in cut_blocks(listed.root, listed.files, config):
+        content = read_block(block)
+        if config.strict and content.rejected:
+            raise UserError(f"{key}: {content.rejected[0].describe()} (corpus.strict)")
+        yield from content.documents
+
+
+def corpus_digest(config: CorpusConfig, key: str = "corpus.path") -> str:
+    """sha256 over all that decides the documents: names and content of the files that are read, the columns of row
+    formats, and the converter's version where files are converted. Other files do not count.
+
+    Raises:
+        UserError: naming `key`, when nothing is there, or a file cannot be read.
     """
-    source = _locate(path)
-    target = block_bytes or min(LARGEST_BLOCK_BYTES, max(SMALLEST_BLOCK_BYTES, source.total_bytes // BLOCKS_AIMED_AT))
-    blocks: list[CorpusBlock] = []
-    sample = _Reservoir(SAMPLE_DOCUMENTS, seed)
-    files: list[str] = []
-    block_start = filled = count = end = 0
-    for place, size, document in _documents_with_place(source):
-        if filled and filled + size > target:
-            blocks.append(CorpusBlock(len(blocks), source.root, block_start, end, tuple(files)))
-            block_start, files, filled = end, [], 0
-        if source.files:
-            files.append(place)
-        end += size
-        filled += size
-        count += 1
-        sample.offer(document.text[:SAMPLE_CHARS])
-    blocks.append(CorpusBlock(len(blocks), source.root, block_start, end, tuple(files)))
-    return CorpusScan(tuple(blocks), count, tuple(sample.kept))
+    listed = list_files(config.path, key)
+    filesystem, root = open_filesystem(listed.root)
+    largest = int(config.max_file_mb * MEGABYTE)
 
+    def digest_file(file: CorpusFile) -> list[str]:
+        if file.size > largest and not is_row_format(file.name):
+            return [file.name, f"more than {largest} bytes"]
+        return [file.name, _digest(filesystem, join_path(root, file.name))]
 
-def read_block(block: CorpusBlock) -> list[Document]:
-    """The documents of one block (already checked by `scan_corpus`)."""
-    if block.files:
-        filesystem, root = open_filesystem(block.path)
-        return [_read_text_file(filesystem, root, name) for name in block.files]
-    filesystem, root = open_filesystem(block.path)
-    with filesystem.open_input_file(root) as file:
-        file.seek(block.start)
-        data = file.read(block.end - block.start)
-    lines = data.split(b"\n")
-    return [
-        _parse_line(line, f"{block.path} (block {block.ordinal})") for line in lines if line.strip(b"\xef\xbb\xbf \t\r")
-    ]
-
-
-def corpus_digest(path: str) -> str:
-    """sha256 over the names and content of the files that `read_documents` reads; other files do not count."""
-    from cluster.stage import digest_path
-
-    source = _locate(path)
-    if not source.files:
-        return digest_path(source.root)
-    digest = hashlib.sha256()
-    for name, _ in source.files:
-        digest.update(json.dumps([name, digest_path(join_path(source.root, name))]).encode())
+    digest = hashlib.sha256(json.dumps([READING_FORMAT]).encode())
+    if any(is_row_format(file.name) for file in listed.files):
+        digest.update(json.dumps(config.columns.model_dump(), sort_keys=True).encode())
+    if any(suffix(file.name) in CONVERTED_SUFFIXES for file in listed.files):
+        digest.update(converter_version().encode())
+    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+        for entry in threads.map(digest_file, listed.files):
+            digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
 
-class _Reservoir:
-    """A uniform sample of a stream of unknown length (Vitter's algorithm R), the same for the same seed."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.kept: list[str] = []
-        self._size, self._seen, self._random = size, 0, random.Random(seed)
-
-    def offer(self, text: str) -> None:
-        self._seen += 1
-        if len(self.kept) < self._size:
-            self.kept.append(text)
-            return
-        slot = self._random.randrange(self._seen)
-        if slot < self._size:
-            self.kept[slot] = text
-
-
-def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem behind a local path or a URI, and the path inside it."""
-    import pyarrow.fs as pafs
-
-    if "://" in path:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
-        return filesystem, inner
-    return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-
-
-def join_path(root: str, name: str) -> str:
-    """`name` under `root`, for local paths and URIs alike."""
-    return f"{root.rstrip('/')}/{name}" if name else root
-
-
-def _locate(path: str) -> _Source:
-    import pyarrow.fs as pafs
-
-    if not path:
-        raise UserError(
-            "corpus.path is empty: set it to a corpus.jsonl or to a folder of .txt / .md documents "
-            "(--set corpus.path=…)"
-        )
+def converter_version() -> str:
+    """The installed converter, so that installing it or another version gives a new index; "" without one."""
     try:
-        filesystem, inner = open_filesystem(path)
-        info = filesystem.get_file_info(inner)
-    except (OSError, ValueError) as error:
-        raise UserError(f"corpus.path: cannot read {path}: {_one_line(error)}") from error
-    root = path.rstrip("/") if "://" in path else inner
-    if info.type == pafs.FileType.NotFound:
-        raise UserError(f"corpus.path: {path} does not exist: give a corpus.jsonl or a folder of .txt / .md documents")
-    if info.type == pafs.FileType.File:
-        return _locate_file(filesystem, root, info)
-    corpus_file = filesystem.get_file_info(join_path(inner, "corpus.jsonl"))
-    if corpus_file.type == pafs.FileType.File:
-        return _locate_file(filesystem, join_path(root, "corpus.jsonl"), corpus_file)
-    files = _text_files(filesystem, inner)
-    if not files:
-        raise UserError(f"corpus.path: {path} holds no .txt or .md documents and no corpus.jsonl")
-    return _Source(filesystem, root, files, 0)
+        return f"markitdown {metadata.version('markitdown')}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
-def _locate_file(filesystem: pafs.FileSystem, root: str, info: pafs.FileInfo) -> _Source:
-    name = PurePosixPath(root).name
-    if info.size == 0:
-        raise UserError(f"corpus.path: {root} is empty: it must hold at least one document")
-    if name.lower().endswith(".jsonl"):
-        return _Source(filesystem, root, (), info.size)
-    if name.lower().endswith(TEXT_SUFFIXES):
-        return _Source(filesystem, root.removesuffix(f"/{name}") or "/", ((name, info.size),), 0)
-    raise UserError(f"corpus.path: {root} is not a .jsonl, .txt or .md file")
-
-
-def _text_files(filesystem: pafs.FileSystem, inner: str) -> tuple[tuple[str, int], ...]:
-    import pyarrow.fs as pafs
-
-    found = []
-    for info in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)):
-        name = info.path.removeprefix(inner.rstrip("/")).lstrip("/")
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if info.type == pafs.FileType.File and name.lower().endswith(TEXT_SUFFIXES) and not hidden:
-            found.append((name, info.size))
-    return tuple(sorted(found))
-
-
-def _documents_with_place(source: _Source) -> Iterator[tuple[str, int, Document]]:
-    """(file name or "", bytes that it takes, document); sizes of a .jsonl file add up to its length without its end."""
-    documents = _file_documents(source) if source.files else _line_documents(source)
-    seen: set[bytes] = set()
-    some_text = False
-    for place, size, document in documents:
-        key = hashlib.blake2b(document.doc_id.encode(), digest_size=16).digest()
-        if key in seen:
-            raise UserError(
-                f"corpus.path: {source.root} has two documents with the id {document.doc_id!r}: ids must differ"
-            )
-        seen.add(key)
-        some_text = some_text or bool(document.text.strip())
-        yield place, size, document
-    if not some_text:
-        raise UserError(
-            f"corpus.path: {source.root} holds no text: it must hold at least one document that is not blank"
-        )
-
-
-def _file_documents(source: _Source) -> Iterator[tuple[str, int, Document]]:
-    filesystem, root = open_filesystem(source.root)
-    for name, size in source.files:
-        yield name, size, _read_text_file(filesystem, root, name)
-
-
-def _line_documents(source: _Source) -> Iterator[tuple[str, int, Document]]:
-    filesystem, root = open_filesystem(source.root)
-    with filesystem.open_input_file(root) as raw, io.BufferedReader(raw) as lines:
-        passed = 0
-        for number, line in enumerate(lines, start=1):
-            passed += len(line)
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
-            yield "", passed, _parse_line(line, f"{source.root}:{number}")
-            passed = 0
-
-
-def _parse_line(line: bytes, where: str) -> Document:
+def _digest(filesystem: pafs.FileSystem, path: str) -> str:
+    digest = hashlib.sha256()
     try:
-        row: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"corpus.path: {where} is not UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"corpus.path: {where} is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"corpus.path: {where} is not a JSON object with _id, title and text")
-    doc_id, text = row.get("_id"), row.get("text")
-    if isinstance(doc_id, bool) or not isinstance(doc_id, str | int) or doc_id == "":
-        raise UserError(f"corpus.path: {where} has no _id: every document needs one")
-    if not isinstance(text, str):
-        raise UserError(f"corpus.path: {where} has no text: every document needs a string")
-    title, uri, metadata = row.get("title") or "", row.get("uri") or "", row.get("metadata") or {}
-    if not isinstance(title, str) or not isinstance(uri, str) or not isinstance(metadata, dict):
-        raise UserError(f"corpus.path: {where}: title and uri must be strings and metadata an object")
-    _refuse_lone_surrogates(f"{doc_id}{title}{uri}{text}", where)
-    return Document(str(doc_id), title, text, uri, metadata)
+        with filesystem.open_input_stream(path) as file:
+            while data := file.read(BUFFER_BYTES):
+                digest.update(data)
+    except OSError:
+        return "cannot be read"  # reading rejects it; once it can be read, the digest is another
+    return digest.hexdigest()
 
 
-def _refuse_lone_surrogates(text: str, where: str) -> None:
-    """JSON may spell half a character (`\\ud800`), which no Parquet file or tokenizer can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"corpus.path: {where} holds half a UTF-16 character (a lone surrogate)") from error
-
-
-def _read_text_file(filesystem: pafs.FileSystem, root: str, name: str) -> Document:
-    try:
-        with filesystem.open_input_stream(join_path(root, name)) as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = join_path(root, name)
-        raise UserError(
-            f"corpus.path: {where} is not UTF-8 (byte {error.start}): convert it, or move it away"
-        ) from error
-    except OSError as error:
-        raise UserError(f"corpus.path: cannot read {join_path(root, name)}: {_one_line(error)}") from error
-    title = PurePosixPath(name).stem
-    if name.lower().endswith(MARKDOWN_SUFFIXES):
-        title = first_heading(text) or title
-    return Document(name, title, text, name)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _sample(blocks: tuple[CorpusBlock, ...], seed: int) -> tuple[str, ...]:
+    chosen = random.Random(seed).sample(blocks, min(SAMPLE_BLOCKS, len(blocks)))
+    each = -(-SAMPLE_DOCUMENTS // max(1, len(chosen)))
+    texts: list[str] = []
+    for block in sorted(chosen, key=lambda block: block.ordinal):
+        documents = (item for item in read_items(block) if isinstance(item, Document))
+        texts += [document.text[:SAMPLE_CHARS] for document in itertools.islice(documents, each)]
+    return tuple(texts[:SAMPLE_DOCUMENTS])
