@@ -16,6 +16,7 @@ from recipes.factbook import (
     strip_html,
     write_factbook,
 )
+from retrieval.config import CorpusConfig
 from retrieval.documents import read_documents
 from retrieval.questions import read_questions
 from training.raft_rows import mentions
@@ -182,7 +183,7 @@ def test_write_factbook_same_seed_same_bytes_and_files_left_alone(tmp_path):
 
 def test_write_factbook_files_are_read_by_the_rooms(tmp_path, europe):
     corpus, questions = write_factbook(tmp_path, "europe", 17)
-    documents = list(read_documents(str(corpus)))
+    documents = list(read_documents(CorpusConfig(path=str(corpus))))
     assert [(d.doc_id, d.title, d.text) for d in documents] == [(c.doc_id, c.title, c.text) for c in europe]
     assert len(documents) == 55
     read = read_questions(questions)
