@@ -7,6 +7,9 @@ Not covered: two documents with one id in different blocks (only the index build
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,11 +21,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
-from retrieval.blocks import BUFFER_BYTES, MEGABYTE, CorpusBlock, Rejection, cut_blocks
+from retrieval.blocks import BUFFER_BYTES, MEGABYTE, CorpusBlock, Rejection, cut_blocks, is_utf16
 from retrieval.readers import read_items
 from retrieval.records import Document
 from retrieval.sources import (
     CONVERTED_SUFFIXES,
+    TEXT_SUFFIXES,
     CorpusFile,
     is_row_format,
     join_path,
@@ -54,6 +58,8 @@ READING_FORMAT = 1
 SAMPLE_BLOCKS = 32
 SAMPLE_DOCUMENTS = 128
 SAMPLE_CHARS = 4000
+SAMPLE_CONVERTED = 8
+SAMPLE_CONVERT_TIMEOUT_S = 20.0
 DIGEST_THREADS = 8
 
 
@@ -172,10 +178,33 @@ def _digest(filesystem: pafs.FileSystem, path: str) -> str:
 
 
 def _sample(blocks: tuple[CorpusBlock, ...], seed: int) -> tuple[str, ...]:
+    """Texts of blocks chosen by `seed`; files that must be converted first are read only where others give too few."""
     chosen = random.Random(seed).sample(blocks, min(SAMPLE_BLOCKS, len(blocks)))
     each = -(-SAMPLE_DOCUMENTS // max(1, len(chosen)))
     texts: list[str] = []
-    for block in sorted(chosen, key=lambda block: block.ordinal):
-        documents = (item for item in read_items(block) if isinstance(item, Document))
-        texts += [document.text[:SAMPLE_CHARS] for document in itertools.islice(documents, each)]
+    for block in chosen:
+        texts += itertools.islice(_plain_texts(block), each)
+    if len(texts) < SAMPLE_CONVERTED:
+        converted = ((block, name) for block in chosen for name in block.files if suffix(name) in CONVERTED_SUFFIXES)
+        for block, name in itertools.islice(converted, SAMPLE_CONVERTED):
+            seconds = min(block.convert_timeout_s, SAMPLE_CONVERT_TIMEOUT_S)
+            texts += _texts(dataclasses.replace(block, files=(name,), convert_timeout_s=seconds))
     return tuple(texts[:SAMPLE_DOCUMENTS])
+
+
+def _plain_texts(block: CorpusBlock) -> Iterator[str]:
+    """Beginnings of the block's texts that need no conversion; no more than the beginning of a text file is read."""
+    filesystem, root = open_filesystem(block.root)
+    for name in block.files:
+        if is_row_format(name):
+            yield from _texts(dataclasses.replace(block, files=(name,)))
+        elif suffix(name) in TEXT_SUFFIXES:
+            with contextlib.suppress(OSError, UnicodeError):
+                with filesystem.open_input_stream(join_path(root, name)) as file:
+                    data = file.read(4 * SAMPLE_CHARS)
+                encoding = "utf-16" if is_utf16(data[:4]) else "utf-8-sig"
+                yield codecs.getincrementaldecoder(encoding)().decode(data)[:SAMPLE_CHARS]
+
+
+def _texts(block: CorpusBlock) -> Iterator[str]:
+    return (item.text[:SAMPLE_CHARS] for item in read_items(block) if isinstance(item, Document))

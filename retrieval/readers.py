@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from retrieval.blocks import CorpusBlock, Rejection, is_utf16
 from retrieval.chunking import first_heading
+from retrieval.conversion import convert_file
+from retrieval.converters import ConversionError
 from retrieval.records import Document
 from retrieval.rows import read_csv, read_lines, read_parquet
 from retrieval.sources import (
@@ -65,7 +67,17 @@ def _file(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock)
         return Rejection(name, "", "is empty", 0)
     if suffix(name) in TEXT_SUFFIXES:
         return _text_document(name, data)
-    return Rejection(name, "", "has no reader yet", len(data))
+    return _converted_document(name, data, block)
+
+
+def _converted_document(name: str, data: bytes, block: CorpusBlock) -> Document | Rejection:
+    try:
+        text, title = convert_file(data, suffix(name), block.convert_timeout_s, block.max_file_bytes)
+    except ConversionError as error:
+        return Rejection(name, "", str(error), len(data))
+    if not text.strip():
+        return Rejection(name, "", "holds no text (a scan needs OCR first)", len(data))
+    return Document(name, title or first_heading(text) or PurePosixPath(name).stem, text, name)
 
 
 def _text_document(name: str, data: bytes) -> Document | Rejection:
