@@ -41,7 +41,7 @@ def describe_difference(estimate: Mapping[str, float]) -> str:
 
 def _measures_table(report: Mapping[str, Any]) -> str:
     modes, latency = report["modes"], report["latency_ms"]
-    names = list(next(iter(modes.values())))
+    names = shown_measures(report)
     rows = [[name, *(describe_estimate(modes[mode][name]) for mode in modes)] for name in names]
     timed = next(iter(latency.values()))
     rows.append(["ms a query", *(f"{latency[mode]['p50']:.1f} (P95 {latency[mode]['p95']:.1f})" for mode in modes)])
@@ -53,13 +53,13 @@ def _measures_table(report: Mapping[str, Any]) -> str:
         f"first k passages. Brackets: 95% bootstrap interval. ms: {timed['n']} lone queries, k={timed['k']}."
     )
     if asked["without_golden"]:
-        caption += f" Left out: {asked['without_golden']} questions without a golden place."
+        caption += f" Questions left out because they name no golden place: {asked['without_golden']}."
     return _table(title, ["", *modes], rows, caption)
 
 
 def _differences_table(report: Mapping[str, Any]) -> str:
     differences, reference = report["differences"], report["reference"]
-    names = list(next(iter(differences.values())))
+    names = shown_measures(report)
     rows = [[name, *(describe_difference(differences[mode][name]) for mode in differences)] for name in names]
     headers = ["", *(f"{mode} − {reference}" for mode in differences)]
     return _table("Paired differences", headers, rows, "*: the 95% interval excludes 0.")
@@ -80,6 +80,14 @@ def _kinds_table(report: Mapping[str, Any]) -> str:
     ]
     more = len(ranked) - MAX_KINDS
     return _table(f"{name} by kind of question", ["", "n", *modes], rows, f"And {more} more." if more > 0 else "")
+
+
+def shown_measures(report: Mapping[str, Any]) -> list[str]:
+    """The report's measures, without `success@k` where it says what `recall@k` says."""
+    modes: Mapping[str, Mapping[str, Any]] = report["modes"]
+    names = list(next(iter(modes.values())))
+    same = all(mode[f"success@{k}"] == mode[f"recall@{k}"] for mode in modes.values() for k in report["settings"]["k"])
+    return [name for name in names if not (same and name.startswith("success"))]
 
 
 def shown_k(report: Mapping[str, Any]) -> int:
