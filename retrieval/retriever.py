@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import ArtifactError, UserError
 from retrieval.config import EncoderConfig, SearchConfig
-from retrieval.encoder import Encoder, encoder_digest, load_encoder
+from retrieval.encoder import Encoder, EncoderSource, encoder_digest, load_encoder
 from retrieval.index import INDEX_FILE, INDEX_FORMAT, LEXICAL_FOLDER
 from retrieval.lexical import LexicalIndex
 from retrieval.records import Chunk, Document, Hit, Passage
@@ -163,7 +163,7 @@ class Retriever:
         """Query embeddings, (n, dim) float32; loads the encoder at the first call."""
         with self._encoder_lock:  # one owner: padding buffers and torch's thread pool are shared
             if self._encoder is None:
-                self._encoder = load_encoder(self._encoder_config, self._device)
+                self._encoder = load_encoder(EncoderSource(self._encoder_config), self._device)
             return self._encoder.encode_queries(queries)
 
     def _search_dense(self, search: VectorSearch, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:

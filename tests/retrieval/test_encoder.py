@@ -10,6 +10,7 @@ from retrieval import encoder as encoder_module
 from retrieval.config import EncoderConfig
 from retrieval.encoder import (
     Encoder,
+    EncoderSource,
     encoder_digest,
     encoder_directory,
     encoder_max_tokens,
@@ -24,7 +25,7 @@ TEXTS = ["copper", *(country_text(place)[: 40 * place + 20] for place in range(8
 
 
 def test_encode_passages_batched_by_length_equals_one_at_a_time_in_order(encoder_path: Path) -> None:
-    encoder = load_encoder(EncoderConfig(model=str(encoder_path), precision="float32", batch_tokens=256))
+    encoder = load_encoder(EncoderSource(EncoderConfig(model=str(encoder_path), precision="float32", batch_tokens=256)))
     together = encoder.encode_passages(TEXTS)
     assert together.shape == (len(TEXTS), 32)
     assert together.dtype == np.float32
@@ -36,7 +37,7 @@ def test_encode_passages_batched_by_length_equals_one_at_a_time_in_order(encoder
 def test_encode_batches_stay_within_the_padded_token_budget(
     encoder_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = load_encoder(EncoderConfig(model=str(encoder_path), precision="float32", batch_tokens=256))
+    encoder = load_encoder(EncoderSource(EncoderConfig(model=str(encoder_path), precision="float32", batch_tokens=256)))
     shapes = []
     forward = encoder._model.forward
 
@@ -53,7 +54,9 @@ def test_encode_batches_stay_within_the_padded_token_budget(
 
 def test_encode_bfloat16_points_almost_the_same_way(encoder_path: Path) -> None:
     config = EncoderConfig(model=str(encoder_path))
-    exact, rough = (Encoder(config, precision, "cpu").encode_passages(TEXTS) for precision in ("float32", "bfloat16"))
+    exact, rough = (
+        Encoder(EncoderSource(config), precision, "cpu").encode_passages(TEXTS) for precision in ("float32", "bfloat16")
+    )
     assert rough.dtype == np.float32
     assert np.all((exact * rough).sum(axis=1) > 0.99)
     assert not np.array_equal(exact, rough)
@@ -65,7 +68,7 @@ def test_encode_queries_uses_the_model_own_query_prompt(encoder_path: Path, tmp_
     settings = json.loads((prompted / "config_sentence_transformers.json").read_text())
     settings["prompts"] = {"query": "copper ", "document": ""}
     (prompted / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    encoder = load_encoder(EncoderConfig(model=str(prompted), precision="float32"))
+    encoder = load_encoder(EncoderSource(EncoderConfig(model=str(prompted), precision="float32")))
     np.testing.assert_allclose(
         encoder.encode_queries(["exports"]), encoder.encode_passages(["copper exports"]), atol=1e-5
     )
@@ -76,11 +79,11 @@ def test_resolve_precision_auto_is_measured_once_and_remembered(
 ) -> None:
     monkeypatch.setenv("RAYFT_CACHE", str(tmp_path))
     config = EncoderConfig(model=str(encoder_path))
-    first = resolve_precision(config, "cpu")
+    first = resolve_precision(EncoderSource(config), "cpu")
     monkeypatch.setattr(encoder_module, "_measure_precision", lambda directory: pytest.fail("measured twice"))
-    assert resolve_precision(config, "cpu") == first
-    assert resolve_precision(config, "cuda") == "bfloat16"
-    assert resolve_precision(config.model_copy(update={"precision": "float32"}), "cuda") == "float32"
+    assert resolve_precision(EncoderSource(config), "cpu") == first
+    assert resolve_precision(EncoderSource(config), "cuda") == "bfloat16"
+    assert resolve_precision(EncoderSource(config.model_copy(update={"precision": "float32"})), "cuda") == "float32"
 
 
 def test_unknown_share_counts_tokens_outside_the_vocabulary(encoder_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_embedded_minilm_is_found_without_import_and_finds_the_meaning() -> None
     assert encoder_max_tokens(directory) == 256
     assert len(encoder_digest(config)) == 64
     assert unknown_share(encoder_tokenizer(directory), ["黑豹队的防守只丢了三百分"]) > 0.4
-    encoder = load_encoder(config, device="cpu")
+    encoder = load_encoder(EncoderSource(config), device="cpu")
     passages = encoder.encode_passages(["The cat sleeps on the sofa.", "Copper exports rose by a third."])
     query = encoder.encode_queries(["Which metal is sold abroad?"])[0]
     assert np.argmax(passages @ query) == 1
