@@ -1,11 +1,14 @@
 """Cutting documents into chunks along their Markdown structure.
 
 In: a `Document`, the encoder's own tokenizer, a `ChunkingConfig`. Out: `Chunk`s in document order, where
-`document.text[chunk.start:chunk.end] == chunk.text` and every character that is neither blank nor part of a heading
-line stands in at least one chunk.
+`document.text[chunk.start:chunk.end] == chunk.text`, no chunk has more than `max_tokens` tokens with its title and
+heading, and every character that is neither blank nor part of a heading line stands in at least one chunk.
 A chunk never crosses a heading of level 1 or 2. Below that, small neighbouring subsections share a chunk while the
-whole fits; a section that does not fit is split at the largest semantic boundary (blank line, line, sentence, word).
-Not covered: Setext headings (underlined with === or ---), and headings inside block quotes or lists.
+whole fits; a section that does not fit is split at the largest boundary that helps: code fence or table, blank line,
+line, sentence (also 。！？), word. A piece that begins inside a table has the table's column names in its heading.
+Title and heading take at most half of `max_tokens`: where they would take more, the heading loses its top levels, and
+what is still too long is cut at its end (`…`); the document keeps them whole.
+Not covered: what `sections.py` does not see, and one character that alone is more than `max_tokens` tokens.
 """
 
 from __future__ import annotations
@@ -13,44 +16,41 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retrieval.config import ChunkingConfig
 from retrieval.records import Chunk, Document
+from retrieval.sections import Section, Table, common_path, has_blocks, section_groups, strip_span, tables
 
 if TYPE_CHECKING:
-    from semantic_text_splitter import TextSplitter
     from tokenizers import Tokenizer
 
 HEADING_SEPARATOR = " > "
-_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t\r]*$")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+SEGMENT_CHARS = 65_536
+"""A longer section is cut into such segments before it is split, so that memory stays flat: splitting is linear
+(0.7 MB/s of English on the machine of docs/LOG.md), but holds a list of all boundaries."""
+CHARS_PER_TOKEN = 16
+"""A chunk has at most this many characters per token of `max_tokens`: a WordPiece tokenizer calls 100 characters
+without a space, such as Base64, one unknown token, however long they go on."""
+HEADERS_KEPT = 64
+_SENTENCE_END = re.compile(r"[.!?]\s|[。！？]")
 
 
 @dataclass(frozen=True)
-class _Section:
-    """Text under one heading, up to the next heading of any level."""
+class _Header:
+    """Title and heading as a chunk has them, and their tokens."""
 
-    path: tuple[str, ...]
-    """Headings from the top to this one, without the document's title."""
-    level: int
-    """0 before the first heading."""
-    heading_start: int
-    start: int
-    end: int
+    title: str
+    heading: str
+    tokens: int
 
 
 def embedding_text(title: str, heading: str, text: str) -> str:
     """What the encoder reads for a chunk: `title | heading`, a line break, the text."""
-    header = _header(title, heading)
+    header = " | ".join(part for part in (title, heading) if part)
     return f"{header}\n{text}" if header else text
-
-
-def first_heading(text: str) -> str:
-    """The first level-1 Markdown heading of `text`, or ""."""
-    return next((heading for _, _, level, heading in _heading_lines(text) if level == 1), "")
 
 
 def chunk_document(document: Document, tokenizer: Tokenizer, config: ChunkingConfig) -> list[Chunk]:
@@ -69,22 +69,22 @@ class Chunker:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config = config
-        self._splitters: dict[int, TextSplitter] = {}
+        self._most_chars = config.max_tokens * CHARS_PER_TOKEN
+        self._counted = ("", 0)
+        self._headers: dict[tuple[str, tuple[str, ...]], _Header] = {}
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` without special tokens."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if text != self._counted[0]:  # the last check of a piece and its record count the same text
+            self._counted = (text, len(self._tokenizer.encode(text, add_special_tokens=False)))
+        return self._counted[1]
 
     def chunk(self, document: Document) -> list[Chunk]:
-        """The chunks of `document`, in order of their place.
-
-        A chunk has at most `max_tokens` tokens, title and heading included. Where title and heading take more than
-        half of that, the text still gets half of `max_tokens`.
-        """
+        """The chunks of `document`, in order of their place."""
         chunks: list[Chunk] = []
         seen: dict[str, int] = {}
-        for group in _groups(document):
-            for heading, start, end in self._spans(document, group):
+        for group in section_groups(document):
+            for header, start, end in self._spans(document, group):
                 text = document.text[start:end]
                 occurrence = seen.get(text, 0)
                 seen[text] = occurrence + 1
@@ -92,20 +92,23 @@ class Chunker:
                     Chunk(
                         chunk_id=_chunk_id(document.doc_id, text, occurrence),
                         doc_id=document.doc_id,
-                        title=document.title,
-                        heading=heading,
+                        title=header.title,
+                        heading=header.heading,
                         text=text,
                         start=start,
                         end=end,
-                        tokens=self.count_tokens(embedding_text(document.title, heading, text)),
+                        tokens=self._count(header, text),
                         uri=document.uri,
                         metadata=document.metadata,
                     )
                 )
         return chunks
 
-    def _spans(self, document: Document, group: Sequence[_Section]) -> Iterator[tuple[str, int, int]]:
-        """(heading, start, end) of each chunk of neighbouring sections that may share one."""
+    def _count(self, header: _Header, text: str) -> int:
+        return self.count_tokens(embedding_text(header.title, header.heading, text))
+
+    def _spans(self, document: Document, group: Sequence[Section]) -> Iterator[tuple[_Header, int, int]]:
+        """(header, start, end) of each chunk of neighbouring sections that may share one."""
         position = 0
         while position < len(group):
             section = group[position]
@@ -123,101 +126,136 @@ class Chunker:
             yield span
             position += taken
 
-    def _fits(self, document: Document, sections: Sequence[_Section]) -> tuple[str, int, int] | None:
-        path = _common_path([section.path for section in sections])
+    def _fits(self, document: Document, sections: Sequence[Section]) -> tuple[_Header, int, int] | None:
+        path = common_path([section.path for section in sections])
         first = sections[0]
         start = first.start if first.path == path else first.heading_start
-        start, end = _strip(document.text, start, sections[-1].end)
+        start, end = strip_span(document.text, start, sections[-1].end)
+        if end - start > self._most_chars:
+            return None
+        header = self._header(document.title, path)
+        return (
+            (header, start, end) if self._count(header, document.text[start:end]) <= self._config.max_tokens else None
+        )
+
+    def _header(self, title: str, path: tuple[str, ...]) -> _Header:
+        """Title and heading in at most half of `max_tokens`."""
+        key = (title, path)
+        if key not in self._headers:
+            if len(self._headers) >= HEADERS_KEPT:
+                self._headers.clear()
+            self._headers[key] = self._short_header(title, path)
+        return self._headers[key]
+
+    def _short_header(self, title: str, path: tuple[str, ...]) -> _Header:
+        budget = room = self._config.max_tokens // 2
         heading = HEADING_SEPARATOR.join(path)
-        whole = embedding_text(document.title, heading, document.text[start:end])
-        return (heading, start, end) if self.count_tokens(whole) <= self._config.max_tokens else None
+        while (tokens := self.count_tokens(embedding_text(title, heading, ""))) > budget:
+            if len(path) > 1:
+                path = path[1:]
+                heading = HEADING_SEPARATOR.join(path)
+            elif self.count_tokens(heading) > budget // 2:
+                heading = self._shorten(heading, budget // 2)
+            else:
+                title = self._shorten(title, room - self.count_tokens(f" | {heading}" if heading else ""))
+                room -= 1  # a tokenizer need not add up
+        return _Header(title, heading, tokens)
 
-    def _split(self, document: Document, section: _Section) -> Iterator[tuple[str, int, int]]:
-        heading = HEADING_SEPARATOR.join(section.path)
-        header_tokens = self.count_tokens(_header(document.title, heading) + "\n")
-        capacity = max(self._config.max_tokens - header_tokens, self._config.max_tokens // 2)
-        start, end = _strip(document.text, section.start, section.end)
-        for offset, piece in self._splitter(capacity).chunk_indices(document.text[start:end]):
-            yield heading, start + offset, start + offset + len(piece)
+    def _shorten(self, text: str, most_tokens: int) -> str:
+        """The longest beginning of `text`, with `…`, of at most `most_tokens` tokens; "" where there is none."""
+        fits, too_long = 0, len(text)
+        while fits + 1 < too_long:
+            middle = (fits + too_long) // 2
+            if self.count_tokens(text[:middle].rstrip() + "…") <= most_tokens:
+                fits = middle
+            else:
+                too_long = middle
+        return text[:fits].rstrip() + "…" if fits else ""
 
-    def _splitter(self, capacity: int) -> TextSplitter:
-        if capacity not in self._splitters:
-            from semantic_text_splitter import TextSplitter
+    def _split(self, document: Document, section: Section) -> Iterator[tuple[_Header, int, int]]:
+        start, end = strip_span(document.text, section.start, section.end)
+        text = document.text[start:end]
+        plain = self._header(document.title, section.path)
+        blocks = has_blocks(text)
+        shown = iter(tables(text) if blocks else [])
+        table = next(shown, None)
+        for begin, stop in segments(text):
+            for first, last in self._pieces(plain, text, begin, stop, blocks):
+                while table and table.end <= first:
+                    table = next(shown, None)
+                header = plain
+                if table and table.body < first:
+                    header = self._table_header(document.title, section.path, table, plain, text[first:last])
+                if self._count(header, text[first:last]) > self._config.max_tokens:
+                    header = _Header("", "", 0)  # a single character that leaves no room for a header
+                yield header, start + first, start + last
 
-            overlap = min(self._config.overlap_tokens, capacity // 2)
-            splitter = TextSplitter.from_huggingface_tokenizer(self._tokenizer, capacity, overlap)
-            self._splitters[capacity] = splitter
-        return self._splitters[capacity]
+    def _table_header(self, title: str, path: tuple[str, ...], table: Table, plain: _Header, text: str) -> _Header:
+        """The header with the table's columns where the chunk has room for them, otherwise without."""
+        heading = HEADING_SEPARATOR.join([*path, table.columns])
+        tokens = self.count_tokens(embedding_text(title, heading, ""))
+        wide = _Header(title, heading, tokens)
+        fits = tokens <= self._config.max_tokens // 2 and self._count(wide, text) <= self._config.max_tokens
+        return wide if fits else plain
+
+    def _pieces(self, header: _Header, text: str, begin: int, stop: int, blocks: bool) -> Iterator[tuple[int, int]]:
+        """Spans of `text[begin:stop]` that fit under `header`, as far as a single character does."""
+        capacity = self._config.max_tokens - header.tokens
+        for first, last in self._cut(header, text, begin, stop, capacity, blocks):
+            if last - first <= self._most_chars:
+                yield from self._within(header, text, first, last, capacity)
+                continue
+            for place in range(first, last, self._most_chars):
+                yield from self._within(header, text, place, min(place + self._most_chars, last), capacity)
+
+    def _within(self, header: _Header, text: str, first: int, last: int, capacity: int) -> Iterator[tuple[int, int]]:
+        """The span itself, or smaller ones where it has too many tokens: a tokenizer need not add up."""
+        if last - first > 1 and self._count(header, text[first:last]) > self._config.max_tokens:
+            if capacity > 1:
+                for begin, stop in self._cut(header, text, first, last, capacity // 2, False):
+                    yield from self._within(header, text, begin, stop, capacity // 2)
+            else:
+                middle = (first + last) // 2
+                yield from self._within(header, text, first, middle, 1)
+                yield from self._within(header, text, middle, last, 1)
+        elif text[first:last].strip():
+            yield first, last
+
+    def _cut(
+        self, header: _Header, text: str, begin: int, stop: int, capacity: int, blocks: bool
+    ) -> Iterator[tuple[int, int]]:
+        from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+        # A callback is as fast as the library's own call of the tokenizer, and does not copy the tokenizer (6 MB for
+        # 30,000 words) for each capacity.
+        splitter = (MarkdownSplitter if blocks else TextSplitter).from_callback(
+            self._counter(header), capacity, min(self._config.overlap_tokens, capacity // 2)
+        )
+        for offset, piece in splitter.chunk_indices(text[begin:stop]):
+            yield begin + offset, begin + offset + len(piece)
+
+    def _counter(self, header: _Header) -> Callable[[str], int]:
+        """Tokens that a text adds to `header`: a tokenizer may join characters over the line break between them."""
+        return lambda text: max(0, self._count(header, text) - header.tokens)
 
 
-def _header(title: str, heading: str) -> str:
-    return " | ".join(part for part in (title, heading) if part)
+def segments(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of at most `SEGMENT_CHARS`, cut at a blank line, a line, a sentence or a space of their second half."""
+    start = 0
+    while len(text) - start > SEGMENT_CHARS:
+        middle, latest = start + SEGMENT_CHARS // 2, start + SEGMENT_CHARS
+        border = max(text.rfind("\n\n", middle, latest), text.rfind("\r\n\r\n", middle, latest))
+        if border < 0:
+            border = text.rfind("\n", middle, latest)
+        if border < 0:
+            border = max((match.end() for match in _SENTENCE_END.finditer(text, middle, latest)), default=-1)
+        if border < 0:
+            border = text.rfind(" ", middle, latest)
+        border = border if border > 0 else latest
+        yield start, border
+        start = border
+    yield start, len(text)
 
 
 def _chunk_id(doc_id: str, text: str, occurrence: int) -> str:
     return hashlib.sha256(json.dumps([doc_id, text, occurrence]).encode()).hexdigest()[:20]
-
-
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return start, end
-
-
-def _common_path(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    common = paths[0]
-    for path in paths[1:]:
-        same = 0
-        while same < min(len(common), len(path)) and common[same] == path[same]:
-            same += 1
-        common = common[:same]
-    return common
-
-
-def _heading_lines(text: str) -> Iterator[tuple[int, int, int, str]]:
-    """(line start, line end with its break, level, heading) of each ATX heading outside code fences."""
-    fence = ""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        line = text[start:end].rstrip("\n")
-        mark = _FENCE.match(line)
-        if fence:
-            if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
-                fence = ""
-        elif mark:
-            fence = mark[1]
-        elif (heading := _HEADING.match(line)) and heading[2].strip():
-            yield start, end, len(heading[1]), heading[2].strip()
-        start = end
-
-
-def _sections(document: Document) -> Iterator[_Section]:
-    """Sections with text, in order. A level-1 heading that repeats the title is not part of the path."""
-    stack: list[tuple[int, str]] = []
-    level, heading_start, start = 0, 0, 0
-
-    def section(end: int) -> _Section:
-        path = tuple(name for depth, name in stack if not (depth == 1 and name == document.title))
-        return _Section(path, level, heading_start, start, end)
-
-    for line_start, line_end, next_level, name in _heading_lines(document.text):
-        yield section(line_start)
-        stack = [entry for entry in stack if entry[0] < next_level]
-        stack.append((next_level, name))
-        level, heading_start, start = next_level, line_start, line_end
-    yield section(len(document.text))
-
-
-def _groups(document: Document) -> Iterator[list[_Section]]:
-    """Sections that may share a chunk: those between two headings of level 1 or 2. Blank sections are left out."""
-    group: list[_Section] = []
-    for section in _sections(document):
-        if section.level in (1, 2):
-            yield group
-            group = []
-        if document.text[section.start : section.end].strip():
-            group.append(section)
-    yield group

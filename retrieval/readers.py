@@ -14,11 +14,11 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from retrieval.blocks import CorpusBlock, Rejection, is_utf16
-from retrieval.chunking import first_heading
 from retrieval.conversion import convert_file
 from retrieval.converters import ConversionError
 from retrieval.records import Document
 from retrieval.rows import read_csv, read_lines, read_parquet
+from retrieval.sections import first_heading
 from retrieval.sources import (
     MARKDOWN_SUFFIXES,
     TEXT_SUFFIXES,
