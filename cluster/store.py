@@ -50,6 +50,7 @@ _COMMANDS = {
     "index": "rayft index build",
     "samples": "rayft samples build",
     "adapter": "rayft train lora",
+    "encoder": "rayft train retriever",
     "predictions": "rayft evaluate",
     "report": "rayft evaluate",
     "release": "rayft release",

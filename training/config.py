@@ -1,4 +1,7 @@
-"""Recipe sections of the training room: questions, prompt, samples, model, LoRA. Imports no torch, ray or faiss."""
+"""Recipe sections of the training room: questions, prompt, samples, model, LoRA, retriever.
+
+Imports no torch, ray or faiss.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,44 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass to save memory."""
 
 
+class RetrieverTraining(Section):
+    """How `rayft train retriever` fine-tunes the encoder. Workers, threads and GPUs are those of `train`."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate after warm-up; decays linearly to 0."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of steps spent warming up."""
+    epochs: int = Field(default=2, ge=1)
+    """Most passes over the training questions."""
+    batch_questions: int = Field(default=32, ge=2)
+    """Questions per optimiser step, over all workers: each is told from the passages of all others."""
+    cached_texts: int = Field(default=128, ge=1)
+    """Texts whose activations one worker holds at once; gradients of larger batches are cached (GradCache)."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Divides the cosine similarities in the loss."""
+    max_questions: int = Field(default=20_000, ge=2)
+    """Most training questions; kinds of question and documents are spread evenly."""
+    hard_negatives: int = Field(default=1, ge=0)
+    """Hard negatives per question, mined from the current index."""
+    mining_depth: int = Field(default=50, ge=1)
+    """Hits per question that hard negatives are chosen from."""
+    relative_margin: float | None = Field(default=None, gt=0)
+    """Leave out hits that score above this share of the golden passage's score (0.95 in NV-Retriever); none keeps
+    them. For questions whose golden places are not complete."""
+    near_duplicate: float = Field(default=0.9, gt=0, le=1)
+    """Share of words in common with the golden passage from which a passage is no negative."""
+    validation_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the training questions held back, by document, to choose the best state."""
+    validations_per_epoch: int = Field(default=2, ge=1)
+    """Validations (nDCG@10) in each epoch."""
+    patience: int = Field(default=3, ge=1)
+    """Validations without a gain after which training stops."""
+    validation_passages: int = Field(default=2000, ge=0)
+    """Most passages searched in a validation: golden ones, the index's hits, and others drawn at random; 0: all."""
+    measured_passages: int = Field(default=100_000, ge=0)
+    """Most passages searched when before and after are measured on held-out questions; 0: all."""
+
+
 class TrainingRecipe(RetrievalRecipe):
     """The part of a recipe that the training room may read."""
 
@@ -119,3 +160,4 @@ class TrainingRecipe(RetrievalRecipe):
     model: ModelConfig = ModelConfig()
     lora: LoraSection = LoraSection()
     train: TrainConfig = TrainConfig()
+    retriever: RetrieverTraining = RetrieverTraining()
