@@ -11,31 +11,23 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from cluster.model_source import model_digest
-from cluster.progress import track
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, digest_path, run_stage
 from training.base_model import base_model_directory
 from training.config import TrainingRecipe
 from training.format import FORMAT_VERSION, PromptFormat, prompt_path
+from training.ray_train import fit
 from training.worker import Objective, WorkerConfig, WorkerReport, run_worker
 
 if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
     from cluster.store import Artifact, Attempt, Store
 
 ADAPTER_FORMAT = 1
 ROLES: dict[Objective, str] = {"raft": "raft", "dsf": "finetuned"}
-POLL_S = 0.5
 
 
 def adapter_plan(recipe: TrainingRecipe, samples: Artifact, objective: Objective) -> Plan:
@@ -108,7 +100,6 @@ def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: O
         uri=attempt.uri,
     )
     with ray_session(recipe.ray):
-        _refuse_impossible(recipe)
         report = _fit(recipe, config, str(store.work_directory(attempt.ref)))
     losses = [round(loss, 5) for loss in report.losses]
     (attempt.directory / "loss.json").write_text(json.dumps({"loss_per_target_token": losses}), encoding="utf-8")
@@ -135,130 +126,10 @@ def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: O
     )
 
 
-def _refuse_impossible(recipe: TrainingRecipe) -> None:
-    """Ray Train would wait for ever for workers that no node can hold."""
-    import ray
-
-    train, has = recipe.train, ray.cluster_resources()
-    needs = {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
-    for resource, needed in needs.items():
-        if needed > has.get(resource, 0):
-            raise UserError(
-                f"train.workers: {train.workers} workers need {needed:g} {resource}s, the cluster has "
-                f"{has.get(resource, 0):g}; lower train.workers or train.{resource.lower()}s_per_worker"
-            )
-
-
 def _fit(recipe: TrainingRecipe, config: WorkerConfig, storage: str) -> WorkerReport:
     """Runs the workers to their end and returns what the first of them reports."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    train = recipe.train
     label = f"train {ROLES[config.objective]}"
-    with _board() as board, _shown_progress(board, label):
-        trainer = TorchTrainer(
-            run_worker,
-            train_loop_config={"config": config, "board": board},
-            scaling_config=ScalingConfig(
-                num_workers=train.workers,
-                use_gpu=train.gpus_per_worker > 0,
-                resources_per_worker={"CPU": train.cpus_per_worker}
-                | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}),
-            ),
-            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
-            run_config=RunConfig(name=label.replace(" ", "-"), storage_path=storage, failure_config=FailureConfig(0)),
-        )
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _blame(error) from error
-        import ray
-
-        report: WorkerReport = ray.get(board.report.remote())
-        return report
-
-
-def _blame(error: Exception) -> Exception:
-    """The `UserError` that a worker raised, inside what Ray Train makes of it; any other error as it is."""
-    failures = list((getattr(error, "worker_failures", None) or {}).values())
-    failures.append(getattr(error, "controller_failure", None) or error)
-    for failure in failures:
-        seen: BaseException | None = failure
-        while seen is not None:
-            # Ray's own wrapper is a `UserError` as well, but its text is the traceback.
-            original = getattr(seen, "cause", None) or seen
-            if isinstance(original, UserError):
-                return original
-            seen = seen.__cause__
-    return error
-
-
-class _Board:
-    """Where workers leave their progress, and the first worker its report; a Ray actor."""
-
-    def __init__(self) -> None:
-        self._done: tuple[int, int, dict[str, Any]] = (0, 0, {})
-        self._report: WorkerReport | None = None
-
-    def set(self, done: int, total: int, figures: dict[str, Any]) -> None:
-        """Tokens trained on so far, tokens in all, figures to show."""
-        self._done = (done, total, figures)
-
-    def done(self) -> tuple[int, int, dict[str, Any]]:
-        """What `set` was last told."""
-        return self._done
-
-    def finish(self, report: WorkerReport) -> None:
-        """The first worker's report."""
-        self._report = report
-
-    def report(self) -> WorkerReport | None:
-        """What `finish` was told."""
-        return self._report
-
-
-@contextmanager
-def _board() -> Iterator[ActorHandle]:
-    import ray
-
-    board = ray.remote(_Board).options(num_cpus=0).remote()
-    try:
-        yield board
-    finally:
-        ray.kill(board)
-
-
-@contextmanager
-def _shown_progress(board: ActorHandle, label: str) -> Iterator[None]:
-    """Shows tokens, rate, ETA and loss while the block runs; the trainer itself blocks until the end."""
-    import ray
-
-    ended = threading.Event()
-
-    def show() -> None:
-        done, total = 0, 0
-        while not total and not ended.is_set():
-            time.sleep(POLL_S)
-            _, total, _ = ray.get(board.done.remote())
-        if not total:
-            return
-        with track(label, total, "tokens") as bar:
-            while done < total:
-                stop = ended.is_set()
-                now, _, figures = ray.get(board.done.remote())
-                if now > done:
-                    bar.advance(now - done, **figures)
-                    done = now
-                if stop:
-                    break
-                time.sleep(POLL_S)
-
-    watcher = threading.Thread(target=show, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join(timeout=10)
+    report: WorkerReport = fit(
+        run_worker, {"config": config}, recipe.train, label=label, unit="tokens", storage=storage
+    )
+    return report

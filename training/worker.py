@@ -290,7 +290,7 @@ def _save_adapter(engine: Any, uri: str, rank: int, base: str, zero_stage: int) 
         raise UserError("train.learning_rate: the last step left weights that are not finite; lower it")
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), model, state, base)
-        _copy_to(folder, uri)
+        copy_directory(folder, uri)
 
 
 def write_adapter(directory: Path, model: Any, state: dict[str, torch.Tensor], base: str) -> None:
@@ -304,7 +304,8 @@ def write_adapter(directory: Path, model: Any, state: dict[str, torch.Tensor], b
     config.save_pretrained(str(directory))
 
 
-def _copy_to(folder: str, uri: str) -> None:
+def copy_directory(folder: str, uri: str) -> None:
+    """Copies a local folder below a directory that any worker can write to."""
     import pyarrow.fs as pafs
 
     from retrieval.documents import open_filesystem

@@ -14,7 +14,8 @@ from cluster.errors import UserError
 from training.base_model import load_tokenizer
 from training.batching import plan_steps, tokenise
 from training.format import PromptFormat
-from training.lora import _blame, adapter_plan, batch_rows, epochs, train_adapter
+from training.lora import adapter_plan, batch_rows, epochs, train_adapter
+from training.ray_train import blame
 from training.samples import load_samples
 from training.worker import learning_rate_at
 
@@ -187,14 +188,14 @@ def test_train_adapter_prompt_edited_after_the_samples_is_refused(built, tmp_pat
     ],
 )
 def test_blame_finds_the_user_error_that_a_worker_raised(error):
-    blamed = _blame(error)
+    blamed = blame(error)
     assert isinstance(blamed, UserError)
     assert str(blamed) == "train.learning_rate: lower it"
 
 
 def test_blame_leaves_other_errors_alone():
     error = WorkerGroupError("Worker 0 failed", {0: RuntimeError("out of memory")})
-    assert _blame(error) is error
+    assert blame(error) is error
 
 
 @pytest.mark.slow
