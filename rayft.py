@@ -282,7 +282,7 @@ def release(
 
     loaded = load(recipe, overrides or [])
     store = Store(loaded.store.uri)
-    index = store.open_ref(index_plan(loaded).ref)
+    index = store.open_ref(index_plan(loaded, store).ref)
     samples = None
     adapters: dict[str, Artifact] = {}
     if loaded.questions.path and store.exists(plan := samples_plan(loaded, index).ref):

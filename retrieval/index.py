@@ -1,85 +1,176 @@
-"""Building the index artifact with Ray Data: documents → chunks → embeddings → FAISS, or BM25.
+"""Building the index artifact: documents → chunks → embeddings → shards, with BM25 beside them.
 
-In: the recipe's corpus, encoder, chunking and index sections. Out: an `index` artifact with `documents/part-N.parquet`,
-`chunks/part-N.parquet` (with an `embedding` column in dense mode), and `index.faiss` or `bm25/`. Workers write the
-rows; the driver sees counts only. The rows and their order do not depend on the number of workers.
-Not covered: updating an index, sharding, searching (`retriever.py`).
+In: the recipe's corpus, encoder, chunking and index sections. Out: an `index` artifact of format 2 (`shards.py` has its
+layout). `build_index` reads the whole corpus, and takes the embeddings of texts that the current version holds from
+there. `build_into` is the same for an update, whose base version keeps its rows (`pipeline.py` has the phases).
+Not covered: when an update is due and what it deletes (`update.py`), several collections (`collections.py`),
+searching (`retriever.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import tempfile
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import UserError
+from cluster.errors import ArtifactError, UserError
+from cluster.manifest import ArtifactRef
 from cluster.progress import say
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
 from retrieval.config import RetrievalRecipe
-from retrieval.documents import CorpusScan, corpus_digest, join_path, open_filesystem, scan_corpus
-from retrieval.embedding import embedding_batches, search_texts
+from retrieval.documents import CorpusScan, corpus_digest, scan_corpus
+from retrieval.embedding import BaseVersion, BuildJob, LexicalShard, MakeEncoder, Merge
 from retrieval.encoder import (
+    BASE_INPUT,
+    Encoder,
+    EncoderSource,
     encoder_digest,
-    encoder_directory,
     encoder_max_tokens,
+    encoder_source,
     encoder_tokenizer,
     unknown_share,
 )
-from retrieval.pipeline import Mode, write_rows
+from retrieval.parts import Parts
+from retrieval.pipeline import (
+    Alone,
+    OnRay,
+    ReadCounts,
+    Workers,
+    embed_corpus,
+    plan_corpus,
+    read_corpus,
+    write_lexical,
+    write_shards,
+)
+from retrieval.rowplan import RowPlan
+from retrieval.shards import (
+    INDEX_FORMAT,
+    REJECTED_FILE,
+    SHARDS_FOLDER,
+    TOMBSTONES_FOLDER,
+    IndexFile,
+    Mode,
+    ShardEntry,
+)
 
 if TYPE_CHECKING:
     from cluster.store import Artifact, Attempt, Store
 
-INDEX_FORMAT = 1
-INDEX_FILE = "index.faiss"
-LEXICAL_FOLDER = "bm25"
 SPECIAL_TOKENS = 2
+CORPUS_INPUT = "corpus.path"
+REMOVED_INPUT = "removed documents"
 
 
-def index_plan(recipe: RetrievalRecipe) -> Plan:
-    """What the index depends on. Not: actors, batch sizes, GPUs, where a model or a corpus lies, measured precision.
+def index_plan(recipe: RetrievalRecipe, store: Store) -> Plan:
+    """What the index depends on. Not: actors, batch sizes, GPUs, where a model or a corpus lies, measured precision,
+    how it is searched as long as the files are the same.
 
     Raises:
         UserError: naming `corpus.path` or `encoder.model`, when there is nothing there.
     """
-    config: dict[str, Any] = {
-        "chunking": recipe.chunking.model_dump(),
-        "search": {"mode": recipe.search.mode},
-        "encoder": {},
-    }
-    if recipe.search.mode != "lexical":
-        config["index"] = {"kind": recipe.index.kind}
-        if recipe.encoder.precision != "auto":
-            config["encoder"]["precision"] = recipe.encoder.precision
-    if recipe.search.mode == "auto":
-        config["encoder"]["max_unknown_share"] = recipe.encoder.max_unknown_share
+    from retrieval.ledger import removed_digest
+
+    source = encoder_source(recipe, store)
+    inputs = {CORPUS_INPUT: corpus_digest(recipe.corpus), BASE_INPUT: encoder_digest(recipe.encoder)}
+    removed = removed_digest(store, recipe.name)
+    if removed:
+        inputs[REMOVED_INPUT] = removed
     return Plan(
         kind="index",
         name=recipe.name,
-        config=config,
-        inputs={"corpus.path": corpus_digest(recipe.corpus.path), "encoder.model": encoder_digest(recipe.encoder)},
+        config=index_config(recipe),
+        inputs=inputs,
+        parents={"encoder": ArtifactRef.parse(source.ref)} if source.ref else {},
         format=INDEX_FORMAT,
         seed=recipe.seed,
     )
 
 
-def build_index(recipe: RetrievalRecipe, store: Store) -> Artifact:
+def index_config(recipe: RetrievalRecipe) -> dict[str, Any]:
+    """The part of the recipe that the files of an index depend on. Dense and hybrid search read the same files."""
+    mode = "dense" if recipe.search.mode == "hybrid" else recipe.search.mode
+    settings = recipe.index
+    config: dict[str, Any] = {
+        "chunking": recipe.chunking.model_dump(),
+        "search": {"mode": mode},
+        "encoder": {},
+        "index": {"shard_chunks": settings.shard_chunks},
+    }
+    if mode != "lexical":
+        names = ("kind", "recall_target", "recall_at", "recall_sample", "shard_chunks")
+        config["index"] = {name: getattr(settings, name) for name in names}
+        if settings.kind in ("auto", "ivf_pq"):
+            config["index"]["refine"] = settings.refine
+        if recipe.encoder.precision != "auto":
+            config["encoder"]["precision"] = recipe.encoder.precision
+    if mode == "auto":
+        config["encoder"]["max_unknown_share"] = recipe.encoder.max_unknown_share
+    return config
+
+
+def build_index(recipe: RetrievalRecipe, store: Store, *, make_encoder: MakeEncoder = Encoder) -> Artifact:
     """The index of `recipe`: the existing one when nothing that it depends on has changed, else a new one.
+
+    With `collections` it is the catalog of theirs.
+
+    Args:
+        recipe: What to build.
+        store: Where.
+        make_encoder: Stands in for the encoder where only the pipeline is measured. What such a build publishes is no
+            index to search: use a store of its own.
 
     Raises:
         UserError: for a corpus, encoder or chunk size that cannot be indexed, naming the recipe key.
     """
-    _check_chunks_fit_encoder(recipe)
-    return run_stage(store, index_plan(recipe), functools.partial(_build, recipe))
+    if recipe.collections:
+        from retrieval.collections import build_collections
+
+        return build_collections(recipe, store)
+    check_chunks_fit(recipe, encoder_source(recipe, store))
+    plan = index_plan(recipe, store)
+    base = base_version(store, recipe.name)
+    build = functools.partial(build_into, recipe, store, base=base, make_encoder=make_encoder)
+    artifact = run_stage(store, plan, build)
+    finish_work(store, plan.ref)
+    return artifact
 
 
-def _check_chunks_fit_encoder(recipe: RetrievalRecipe) -> None:
-    longest = encoder_max_tokens(encoder_directory(recipe.encoder))
+def base_version(store: Store, name: str, merge: Merge = "reuse", deleted: tuple[str, ...] = ()) -> BaseVersion | None:
+    """The current version of an index as the base of a build (see `BaseVersion`); none where there is none, or none
+    that this release reads."""
+    try:
+        version = store.current("index", name)
+        if version is None:
+            return None
+        manifest = store.open("index", name, version).manifest
+    except ArtifactError as error:
+        say(f"index: the current version cannot be built upon: {error}")
+        return None
+    measured = manifest.measured
+    if manifest.format != INDEX_FORMAT or measured.get("mode") not in ("dense", "lexical"):
+        return None
+    return BaseVersion(
+        store_uri=store.uri,
+        ref=str(manifest.ref),
+        merge=merge,
+        deleted=deleted,
+        mode=measured["mode"],
+        encoder_digest=str(measured.get("encoder_digest", "")),
+        precision=str(measured.get("precision", "")),
+    )
+
+
+def check_chunks_fit(recipe: RetrievalRecipe, source: EncoderSource) -> None:
+    """Refuse chunks that the encoder would cut.
+
+    Raises:
+        UserError: naming `chunking.max_tokens`.
+    """
+    longest = encoder_max_tokens(source.directory())
     wanted = recipe.chunking.max_tokens + SPECIAL_TOKENS
     if recipe.search.mode != "lexical" and longest is not None and wanted > longest:
         raise UserError(
@@ -88,28 +179,79 @@ def _check_chunks_fit_encoder(recipe: RetrievalRecipe) -> None:
         )
 
 
-def _build(recipe: RetrievalRecipe, attempt: Attempt) -> Outcome:
-    scan = scan_corpus(recipe.corpus.path, recipe.seed)
-    share = unknown_share(encoder_tokenizer(encoder_directory(recipe.encoder)), scan.sample)
-    mode = _choose_mode(recipe, share)
-    for folder in ("documents", "chunks"):
-        filesystem, inner = open_filesystem(join_path(attempt.uri, folder))
-        filesystem.create_dir(inner, recursive=True)
+def work_parts(store: Store, ref: ArtifactRef, base: BaseVersion | None) -> Parts:
+    """Where the unfinished work of version `ref` stands: a directory of its own in a local store, a prefix that
+    workers share in an object store. Parts over another base version stand apart, because they hold other rows."""
+    root = str(store.work_directory(ref)) if store.is_local else f"{store.uri}/{ref}/.work"
+    kept = base if base is not None and base.merge != "reuse" else None
+    return Parts(f"{root}/{kept.merge}-{kept.ref.rpartition('/')[2]}" if kept else f"{root}/full")
+
+
+def finish_work(store: Store, ref: ArtifactRef) -> None:
+    """Remove what is left of the work of a published version in an object store (a local store did so itself)."""
+    if not store.is_local:
+        store.storage.delete(f"{ref}/.work")
+
+
+def build_into(
+    recipe: RetrievalRecipe,
+    store: Store,
+    attempt: Attempt,
+    *,
+    base: BaseVersion | None = None,
+    scan: CorpusScan | None = None,
+    make_encoder: MakeEncoder = Encoder,
+) -> Outcome:
+    """Run all phases and write every file of the artifact into `attempt`.
+
+    Args:
+        recipe: What to build.
+        store: Where; its ledger of removed documents is read.
+        attempt: Where the files go.
+        base: With `merge: reuse` a source of embeddings. With `sync` or `delta` its living shards are adopted and its
+            deleted rows get tombstones; where its mode is not that of this build it is only reused.
+        scan: The documents to add; by default the recipe's corpus.
+        make_encoder: See `build_index`.
+    """
+    from retrieval.ledger import removed_ids
+
+    if scan is None:
+        scan = scan_corpus(recipe.corpus, recipe.seed)
+    source = encoder_source(recipe, store)
+    share = unknown_share(encoder_tokenizer(source.directory()), scan.sample)
+    mode = _choose_mode(recipe, share, base)
+    if base is not None and base.mode != mode:
+        base = dataclasses.replace(base, merge="reuse")
     # A corpus of one block gives workers nothing to share, and starting Ray takes longer than the work itself.
     alone = len(scan.blocks) == 1 and recipe.ray.address is None and not recipe.encoder.gpus_per_actor
     with contextlib.nullcontext() if alone else ray_session(recipe.ray):
-        counts, measured = write_rows(recipe, scan, mode, attempt.uri, alone)
-        if counts["chunks"] == 0:
-            raise UserError(f"corpus.path: {recipe.corpus.path} holds headings only: there is no text to index")
-        _check_parts_arrived(attempt, scan)
-        measured |= _write_search_files(recipe, mode, int(counts["chunks"]), attempt.uri, alone)
-    measured |= {"mode": mode, "encoder": recipe.encoder.model}
-    return Outcome(counts={**counts, "unknown_share": round(share, 4)}, measured=measured)
+        workers: Workers = Alone() if alone else OnRay.of(recipe)
+        job = _job(recipe, store, attempt, mode, source, base, workers)
+        job = dataclasses.replace(job, removed=removed_ids(store, recipe.name), make_encoder=make_encoder)
+        built = run_phases(job, scan, workers, recipe)
+        shards, placed = _all_shards(store, attempt, job, built)
+        began = time.perf_counter()
+        lexical = write_lexical(job.uri, placed, workers)
+        seconds = {**built.seconds, "lexical_s": round(time.perf_counter() - began, 3)}
+    index = IndexFile(
+        mode=mode,
+        encoder=source.name if mode == "dense" else "",
+        encoder_digest=job.encoder_digest if mode == "dense" else "",
+        precision=job.precision if mode == "dense" else "",
+        shards=shards,
+        lexical=lexical,
+    )
+    index.write(attempt.directory)
+    _tell(attempt, built)
+    counts = index_counts(built.plan, built.read.removed)
+    return Outcome({**counts, "unknown_share": round(share, 4)}, {**describe_index(index), **seconds})
 
 
-def _choose_mode(recipe: RetrievalRecipe, share: float) -> Mode:
+def _choose_mode(recipe: RetrievalRecipe, share: float, base: BaseVersion | None) -> Mode:
     if recipe.search.mode != "auto":
-        return recipe.search.mode
+        return "lexical" if recipe.search.mode == "lexical" else "dense"
+    if base is not None and base.merge == "delta":
+        return base.mode  # a few documents do not decide the mode of all
     if share <= recipe.encoder.max_unknown_share:
         return "dense"
     name = recipe.encoder.model.removeprefix("embedded:")
@@ -117,79 +259,161 @@ def _choose_mode(recipe: RetrievalRecipe, share: float) -> Mode:
     return "lexical"
 
 
-def _check_parts_arrived(attempt: Attempt, scan: CorpusScan) -> None:
-    import pyarrow.fs as pafs
+def _job(
+    recipe: RetrievalRecipe,
+    store: Store,
+    attempt: Attempt,
+    mode: Mode,
+    source: EncoderSource,
+    base: BaseVersion | None,
+    workers: Workers,
+) -> BuildJob:
+    from retrieval.vectors import VectorPolicy
 
-    filesystem, inner = open_filesystem(join_path(attempt.uri, "chunks"))
-    found = len(filesystem.get_file_info(pafs.FileSelector(inner)))
-    if found != len(scan.blocks):
-        raise UserError(
-            f"store.uri: workers wrote {len(scan.blocks)} parts but {found} are seen here: on a cluster of several "
-            "machines the store must be a shared directory, s3:// or gs://"
+    kept = base if base is not None and base.merge != "reuse" else None
+    if mode == "lexical":
+        precision = "float32"
+    elif kept is not None:  # rows of one index are all of one precision
+        precision = kept.precision
+    else:
+        precision = workers.precision(source)
+    return BuildJob(
+        parts=work_parts(store, attempt.ref, base),
+        uri=attempt.uri,
+        mode=mode,
+        source=source,
+        encoder_digest=source.digest(),
+        precision="bfloat16" if precision == "bfloat16" else "float32",
+        chunking=recipe.chunking,
+        policy=VectorPolicy.of(recipe.index, recipe.seed),
+        shard_chunks=recipe.index.shard_chunks,
+        base=base,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What the four phases came to."""
+
+    read: ReadCounts
+    plan: RowPlan
+    shards: tuple[ShardEntry, ...]
+    """New ones."""
+    seconds: dict[str, float]
+
+
+def run_phases(job: BuildJob, scan: CorpusScan, workers: Workers, recipe: RetrievalRecipe) -> Built:
+    """Phases A to D without the lexical files (see `pipeline.py`).
+
+    Raises:
+        UserError: the corpus holds no text; with `corpus.strict`, a document cannot be read.
+    """
+    clock = _Clock()
+    read = read_corpus(job, scan, workers, recipe.corpus.strict)
+    clock.lap("read_s")
+    plan = plan_corpus(job, scan, workers)
+    if recipe.corpus.strict and plan.first_rejected:
+        raise UserError(f"corpus.path: {plan.first_rejected} (corpus.strict)")
+    if plan.rows + plan.base.kept_rows == 0:
+        why = f" (first rejected: {plan.first_rejected})" if plan.first_rejected else ""
+        raise UserError(f"corpus.path: {recipe.corpus.path} holds no text to index{why}")
+    clock.lap("plan_s")
+    embedded = embed_corpus(job, plan, workers)
+    clock.lap("embed_s")
+    if job.mode == "dense":
+        kind = recipe.index.kind
+        say(f"index: {plan.rows:,} chunks into {len(plan.shards)} shard(s), index.kind {kind}")
+    shards = write_shards(job, plan, workers)
+    clock.lap("shards_s")
+    return Built(read, plan, shards, {**clock.seconds, **embedded})
+
+
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _all_shards(
+    store: Store, attempt: Attempt, job: BuildJob, built: Built
+) -> tuple[tuple[ShardEntry, ...], list[LexicalShard]]:
+    """Shards of the new version in order, and the same with their global rows and deleted rows.
+
+    The files of the base version's living shards are adopted into `attempt`.
+    """
+    kept = built.plan.base.shards
+    if kept:
+        assert job.base is not None
+        artifact = store.open_ref(ArtifactRef.parse(job.base.ref))
+        folders = {f"{SHARDS_FOLDER}/{entry.shard_id}" for entry in kept}
+        names = [file.path for file in artifact.manifest.files if file.path.rpartition("/")[0] in folders]
+        attempt.adopt(artifact, {name: name for name in names})
+    entries = (*kept, *built.shards)
+    deleted = {
+        shard_id: Parts(job.uri).read_array(f"{TOMBSTONES_FOLDER}/{shard_id}.npy")
+        for shard_id in built.plan.base.deleted_rows
+    }
+    offsets = itertools.accumulate((entry.rows for entry in entries), initial=0)
+    placed = [
+        LexicalShard(entry, offset, deleted.get(entry.shard_id))
+        for entry, offset in zip(entries, offsets, strict=False)
+    ]
+    return entries, placed
+
+
+def _tell(attempt: Attempt, built: Built) -> None:
+    plan = built.plan
+    if plan.rejected:
+        say(
+            f"index: {plan.rejected:,} of the corpus's documents were rejected, the first {plan.first_rejected}; all "
+            f"are listed in {attempt.uri}/{REJECTED_FILE}"
+        )
+    if built.read.removed:
+        say(f"index: {built.read.removed:,} documents were left out because they were deleted by id")
+    if plan.reused or plan.shared:
+        say(
+            f"index: {plan.embedded:,} texts embedded; {plan.reused:,} took their embedding from the current version, "
+            f"{plan.shared:,} share one with an equal text"
         )
 
 
-def _write_search_files(recipe: RetrievalRecipe, mode: Mode, rows: int, uri: str, alone: bool) -> dict[str, Any]:
-    """Build the index over the finished rows in one task, or `alone` in this process; returns measured figures."""
-    say(f"index: {'building FAISS ' + recipe.index.kind if mode == 'dense' else 'building BM25'} over {rows:,} chunks")
-    began = time.perf_counter()
-    if mode == "dense":
-        settings = ("flat" if recipe.index.kind == "auto" else recipe.index.kind, recipe.seed, recipe.index.recall_sample)
-        build = functools.partial(build_faiss_file, uri, rows, *settings)
-    else:
-        build = functools.partial(build_lexical_files, uri)
-    if alone:
-        measured = build()
-    else:
-        import ray
-
-        measured = ray.get(ray.remote(num_cpus=1)(_call).remote(build))
-    measured["search_files_s"] = round(time.perf_counter() - began, 3)
-    return measured
+def index_counts(plan: RowPlan, removed: int) -> dict[str, int | float]:
+    """Counts for the manifest: live documents, chunks and tokens, and what became of the new chunks' embeddings."""
+    return {
+        "documents": plan.documents + plan.base.kept_documents,
+        "chunks": plan.rows + plan.base.kept_rows,
+        "tokens": plan.tokens + plan.base.kept_tokens,
+        "embedded": plan.embedded,
+        "reused": plan.reused,
+        "shared": plan.shared,
+        "rejected": plan.rejected,
+        "removed": removed,
+    }
 
 
-def _call(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return build()
-
-
-def build_faiss_file(uri: str, rows: int, kind: str, seed: int, recall_sample: int) -> dict[str, Any]:
-    """Stream the embeddings under `uri` into `index.faiss` beside them.
-
-    Returns the dimension, recall@10 and, for IVF, nprobe.
-    """
-    import faiss
-
-    from retrieval.vectors import build_vectors
-
-    built = build_vectors(functools.partial(embedding_batches, uri), rows, kind, seed, recall_sample)
-    with tempfile.TemporaryDirectory() as folder:
-        faiss.write_index(built.index, str(Path(folder) / INDEX_FILE))
-        _copy_files(Path(folder), uri)
-    measured = {"kind": kind, "dimension": built.dimension, "recall_at_10": round(built.recall_at_10, 4)}
-    return measured | ({"nprobe": int(built.index.nprobe)} if kind == "ivf_flat" else {})
-
-
-def build_lexical_files(uri: str) -> dict[str, Any]:
-    """Build BM25 over the chunks under `uri` into `bm25/` beside them; returns nothing measured."""
-    from retrieval.lexical import LexicalIndex
-
-    lexical = LexicalIndex.build(search_texts(uri))
-    with tempfile.TemporaryDirectory() as folder:
-        lexical.save(Path(folder) / LEXICAL_FOLDER)
-        _copy_files(Path(folder), uri)
-    return {}
-
-
-def _copy_files(folder: Path, uri: str) -> None:
-    """Copy every file below `folder` to the same name below `uri`, block by block."""
-    filesystem, inner = open_filesystem(uri)
-    for file in _plain_files(folder):
-        target = join_path(inner, file.relative_to(folder).as_posix())
-        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        with file.open("rb") as source, filesystem.open_output_stream(target) as sink:
-            while block := source.read(1 << 20):
-                sink.write(block)
-
-
-def _plain_files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def describe_index(index: IndexFile) -> dict[str, Any]:
+    """Figures for the manifest: mode, encoder, and of the shards: kinds, dimension, the least recall measured."""
+    figures: dict[str, Any] = {
+        "mode": index.mode,
+        "encoder": index.encoder,
+        "encoder_digest": index.encoder_digest,
+        "precision": index.precision,
+        "shards": len(index.shards),
+        "rows": index.rows,
+    }
+    measured = [entry.vectors for entry in index.shards if entry.dimension]
+    if measured:
+        figures |= {
+            "dimension": index.shards[0].dimension,
+            "kind": ", ".join(sorted({str(shard["kind"]) for shard in measured})),
+            "recall": min(float(shard["recall"]) for shard in measured),
+            "recall_at": max(int(shard["recall_at"]) for shard in measured),
+        }
+    return figures

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cluster.errors import ArtifactError, UserError
 from retrieval.config import EncoderConfig, SearchConfig
 from retrieval.encoder import Encoder, EncoderSource, encoder_digest, load_encoder
-from retrieval.index import INDEX_FILE, INDEX_FORMAT, LEXICAL_FOLDER
 from retrieval.lexical import LexicalIndex
 from retrieval.records import Chunk, Document, Hit, Passage
+from retrieval.shards import INDEX_FORMAT, LEXICAL_FOLDER
 from retrieval.vectors import VectorSearch
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Retriever:
             files = LexicalIndex.load(directory / LEXICAL_FOLDER)
             found = files.texts
         else:
-            files = VectorSearch(directory / INDEX_FILE, rows, int(manifest.measured["dimension"]), gpu)
+            files = VectorSearch(directory / "index.faiss", rows, int(manifest.measured["dimension"]), gpu)
             found = files.rows
         if not len(chunks) == found == rows:
             raise ArtifactError(

@@ -327,6 +327,10 @@ class ShardReader:
         found: list[str] = self._table["chunk_id"].take(np.asarray(rows, dtype=np.int64)).to_pylist()
         return found
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of `chunk_schema`, (rows,), deleted rows included; memory-mapped."""
+        return self._table[name]
+
     def doc_ids(self) -> list[str]:
         """Document id of each row, deleted ones included."""
         found: list[str] = self._table["doc_id"].to_pylist()

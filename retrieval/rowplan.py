@@ -1,0 +1,381 @@
+"""Phase B of an index build: which rows an index gets, where each row's vector comes from, where shards end.
+
+In: the parts that `embedding.read_part` wrote, and the base version. Out: a plan part per block, `rejected.parquet`,
+tombstones of the base version's shards, and a `RowPlan` of counts and places. Runs in one task: it sees hashes of ids
+and of texts, 40 bytes a row, and texts only to compare those that the base version seems to hold.
+Of documents with one id the first in corpus order stays. Of rows with one text the first is embedded and the others
+share its vector; a text that the base version holds is not embedded at all.
+Not covered: reading (`embedding.py`), compaction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from retrieval.chunking import embedding_text
+from retrieval.documents import Rejection, join_path, open_filesystem, repeated_id
+from retrieval.embedding import (
+    CHUNKS,
+    IDS,
+    PLAN,
+    REJECTED,
+    BuildJob,
+    KeySet,
+    Piece,
+    document_key,
+    embedded_here,
+    embedded_in_base,
+    id_key,
+)
+from retrieval.parts import Parts, part_name
+from retrieval.records import Document
+from retrieval.shards import REJECTED_FILE, TOMBSTONES_FOLDER, ShardEntry, ShardReader
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
+    Rows = npt.NDArray[np.int64]
+    Keys = npt.NDArray[np.uint64]
+    Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class BaseChange:
+    """What a build that keeps rows of its base version does to them."""
+
+    kept_documents: int = 0
+    kept_rows: int = 0
+    kept_tokens: int = 0
+    deleted_documents: int = 0
+    shards: tuple[ShardEntry, ...] = ()
+    """Those with live rows, which the new version adopts; one without is dropped."""
+    deleted_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of those, shard id to its rows that are deleted in the new version, earlier deletions included, where any are."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What the driver learns of phase B: counts and places, no texts."""
+
+    shards: tuple[tuple[Piece, ...], ...]
+    """New shards in order."""
+    embed: tuple[tuple[int, int], ...]
+    """(block, texts to embed), of blocks with any."""
+    documents: int
+    """New and changed documents."""
+    rows: int
+    """Their chunks."""
+    tokens: int
+    embedded: int
+    reused: int
+    """Rows that take their embedding from the base version."""
+    shared: int
+    """Rows that take their embedding from an earlier row of this build."""
+    rejected: int
+    first_rejected: str
+    """In words; empty when there is none."""
+    base: BaseChange = BaseChange()
+
+
+def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
+    """Plan the rows of `blocks` corpus blocks, all of which have been read."""
+    import numpy as np
+
+    documents = _Documents.read(job.parts, blocks)
+    later = _later_duplicates(job.parts, documents)
+    rows = [np.flatnonzero(np.repeat(~gone, chunks)) for gone, chunks in documents.by_block(later, documents.chunks)]
+    texts = _Texts.read(job.parts, rows)
+    if job.mode == "dense":
+        source, embed, reused, shared = _sources(job, texts, rows)
+    else:
+        source, reused, shared = np.zeros(0, dtype=np.int64), 0, 0
+        embed = [np.zeros(0, dtype=np.int64)] * blocks
+    start = 0
+    for ordinal, kept in enumerate(rows):
+        own = source[start : start + len(kept)]
+        start += len(kept)
+        job.parts.write_arrays(part_name(PLAN, ordinal, ".npz"), rows=kept, source=own, embed=embed[ordinal])
+    shards = _divide([chunks[~gone] for gone, chunks in documents.by_block(later, documents.chunks)], job.shard_chunks)
+    rejected, first_rejected = _write_rejected(job, documents, later)
+    return RowPlan(
+        shards=tuple(shards),
+        embed=tuple((ordinal, len(places)) for ordinal, places in enumerate(embed) if len(places)),
+        documents=int((~later & ~documents.unchanged).sum()),
+        rows=sum(map(len, rows)),
+        tokens=texts.tokens,
+        embedded=sum(map(len, embed)),
+        reused=reused,
+        shared=shared,
+        rejected=rejected,
+        first_rejected=first_rejected,
+        base=_change_base(job, documents, later) if job.keeps_rows else BaseChange(),
+    )
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Hashes of all documents, in corpus order; `sizes` divides them by block."""
+
+    sizes: list[int]
+    ids: Keys
+    keys: Keys
+    """(n, 2): id and content."""
+    chunks: Rows
+    unchanged: Flags
+
+    @classmethod
+    def read(cls, parts: Parts, blocks: int) -> _Documents:
+        import numpy as np
+
+        columns = ["id_key", "key_high", "key_low", "chunks", "unchanged"]
+        tables = (parts.read_table(part_name(IDS, ordinal, ".parquet"), columns) for ordinal in range(blocks))
+        arrays = [[table[name].to_numpy() for name in columns] for table in tables]
+        ids, high, low, chunks, unchanged = (np.concatenate(column) for column in zip(*arrays, strict=True))
+        return cls([len(block[0]) for block in arrays], ids, np.stack([high, low], axis=1), chunks, unchanged)
+
+    def by_block(self, *arrays: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        """Slices of `arrays` (n, …) for each block in turn."""
+        start = 0
+        for size in self.sizes:
+            yield tuple(array[start : start + size] for array in arrays)
+            start += size
+
+
+def _later_duplicates(parts: Parts, documents: _Documents) -> Flags:
+    """Which documents have the id of an earlier one, (n,) bool. Ids are read only where their hashes are equal."""
+    import numpy as np
+
+    order = np.argsort(documents.ids, kind="stable")
+    same = documents.ids[order][1:] == documents.ids[order][:-1]
+    suspects = np.zeros(len(order), dtype=bool)
+    suspects[order[1:][same]] = suspects[order[:-1][same]] = True
+    later = np.zeros(len(order), dtype=bool)
+    seen: set[str] = set()
+    for ordinal, (block_suspects, block_later) in enumerate(documents.by_block(suspects, later)):
+        places = np.flatnonzero(block_suspects)
+        if not len(places):
+            continue
+        names = parts.read_table(part_name(IDS, ordinal, ".parquet"), ["doc_id"])["doc_id"].take(places).to_pylist()
+        for place, name in zip(places, names, strict=True):
+            block_later[place] = name in seen
+            seen.add(name)
+    return later
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Hashes of the texts of all rows, in row order."""
+
+    keys: Keys
+    checks: Keys
+    tokens: int
+
+    @classmethod
+    def read(cls, parts: Parts, rows: list[Rows]) -> _Texts:
+        import numpy as np
+
+        keys, checks, tokens = [], [], 0
+        for ordinal, kept in enumerate(rows):
+            table = parts.read_table(part_name(CHUNKS, ordinal, ".parquet"), ["text_key", "text_check", "tokens"])
+            keys.append(table["text_key"].to_numpy()[kept])
+            checks.append(table["text_check"].to_numpy()[kept])
+            tokens += int(table["tokens"].to_numpy()[kept].sum())
+        return cls(np.concatenate(keys), np.concatenate(checks), tokens)
+
+    def firsts(self) -> Rows:
+        """For each row, the first row with its text: (n,) int64."""
+        import numpy as np
+
+        order = np.lexsort((self.checks, self.keys))  # stable: equal texts stay in row order
+        keys, checks = self.keys[order], self.checks[order]
+        begins = np.ones(len(order), dtype=bool)
+        begins[1:] = (keys[1:] != keys[:-1]) | (checks[1:] != checks[:-1])
+        found = np.empty(len(order), dtype=np.int64)
+        found[order] = order[np.flatnonzero(begins)][np.cumsum(begins) - 1]
+        return found
+
+
+def _sources(job: BuildJob, texts: _Texts, rows: list[Rows]) -> tuple[Rows, list[Rows], int, int]:
+    """Where each row's vector comes from, the rows to embed of each block, rows reused, rows shared."""
+    import numpy as np
+
+    firsts = texts.firsts()
+    is_first = firsts == np.arange(len(firsts))
+    in_base = _find_in_base(job, texts, rows, is_first)
+    source = np.empty(len(firsts), dtype=np.int64)
+    embed: list[Rows] = []
+    start = 0
+    for ordinal, kept in enumerate(rows):
+        block = slice(start, start + len(kept))
+        start += len(kept)
+        new = np.flatnonzero(is_first[block] & (in_base[block] < 0))
+        embed.append(kept[new])
+        source[block] = embedded_in_base(in_base[block])
+        source[block][new] = embedded_here(ordinal, np.arange(len(new), dtype=np.int64))
+    source = source[firsts]
+    return source, embed, int((is_first & (in_base >= 0)).sum()), int((~is_first).sum())
+
+
+def _find_in_base(job: BuildJob, texts: _Texts, rows: list[Rows], is_first: Flags) -> Rows:
+    """The base version's global row with the same text, -1 where there is none: (n,) int64; only for first rows."""
+    import numpy as np
+
+    found = np.full(len(is_first), -1, dtype=np.int64)
+    if job.base is None or not job.reuses_embeddings:
+        return found
+    _, shards = job.base.open()
+    keys = np.concatenate([shard.text_keys() for shard in shards])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    start = 0
+    for ordinal, kept in enumerate(rows):
+        block = slice(start, start + len(kept))
+        start += len(kept)
+        places = np.minimum(np.searchsorted(keys, texts.keys[block]), len(keys) - 1)
+        candidates = np.flatnonzero((keys[places] == texts.keys[block]) & is_first[block])
+        if len(candidates):
+            there = order[places[candidates]]
+            equal = _same_texts(job, ordinal, kept[candidates], shards, there)
+            found[block][candidates[equal]] = there[equal]
+    return found
+
+
+def _same_texts(job: BuildJob, ordinal: int, rows: Rows, shards: list[ShardReader], there: Rows) -> Flags:
+    """Whether block rows and global base rows hold the same text, pair by pair: (n,) bool."""
+    import numpy as np
+
+    columns = ("title", "heading", "text")
+    table = job.parts.read_table(part_name(CHUNKS, ordinal, ".parquet"), columns).take(rows)
+    ours = [embedding_text(*row) for row in zip(*(table[name].to_pylist() for name in columns), strict=True)]
+    equal = np.zeros(len(rows), dtype=bool)
+    offset = 0
+    for shard in shards:
+        inside = np.flatnonzero((there >= offset) & (there < offset + shard.rows))
+        theirs = shard.search_texts(there[inside] - offset)
+        equal[inside] = [text == ours[place] for place, text in zip(inside, theirs, strict=True)]
+        offset += shard.rows
+    return equal
+
+
+def _divide(blocks: list[Rows], most: int) -> list[tuple[Piece, ...]]:
+    """Consecutive blocks in shards of at most `most` rows, given the rows of each document by block.
+
+    A block that is larger is cut between documents; a document is never divided, so a larger one has its own shard.
+    """
+    shards: list[tuple[Piece, ...]] = []
+    pieces: list[Piece] = []
+    filled = 0
+
+    def close() -> None:
+        nonlocal pieces, filled
+        if pieces:
+            shards.append(tuple(pieces))
+        pieces, filled = [], 0
+
+    for ordinal, chunks in enumerate(blocks):
+        total = int(chunks.sum())
+        start = 0
+        for rows in [total] if total <= most else [int(count) for count in chunks]:
+            if filled + rows > most:
+                close()
+            if rows and pieces and pieces[-1].ordinal == ordinal:
+                pieces[-1] = Piece(ordinal, pieces[-1].start, start + rows)
+            elif rows:
+                pieces.append(Piece(ordinal, start, start + rows))
+            start += rows
+            filled += rows
+    close()
+    return shards
+
+
+def _write_rejected(job: BuildJob, documents: _Documents, later: Flags) -> tuple[int, str]:
+    """Write `rejected.parquet`; returns its rows and the first one in words."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rejected, first = 0, ""
+    filesystem, path = open_filesystem(join_path(job.uri, REJECTED_FILE))
+    with (
+        filesystem.open_output_stream(path) as sink,
+        pq.ParquetWriter(sink, Rejection.schema(), compression="zstd") as writer,
+    ):
+        for ordinal, (repeated,) in enumerate(documents.by_block(later)):
+            table = job.parts.read_table(part_name(REJECTED, ordinal, ".parquet"))
+            if repeated.any():
+                table = pa.concat_tables([table, _repeated(job.parts, ordinal, np.flatnonzero(repeated))])
+            if len(table):
+                first = first or Rejection.from_row(table.slice(0, 1).to_pylist()[0]).describe()
+                writer.write_table(table)
+                rejected += len(table)
+    return rejected, first
+
+
+def _repeated(parts: Parts, ordinal: int, places: Rows) -> pa.Table:
+    import pyarrow as pa
+
+    table = parts.read_table(part_name(IDS, ordinal, ".parquet"), ["doc_id", "uri", "bytes"]).take(places)
+    rows = [
+        dataclasses.replace(repeated_id(Document(row["doc_id"], "", "", row["uri"])), bytes=row["bytes"]).to_row()
+        for row in table.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=Rejection.schema())
+
+
+def _change_base(job: BuildJob, documents: _Documents, later: Flags) -> BaseChange:
+    """Write the tombstones of the base version's shards under `job.uri`; returns what stays and what goes."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    assert job.base is not None
+    keep = _KeepsDocument(job, documents, later)
+    kept_documents = kept_rows = kept_tokens = deleted_documents = 0
+    living: list[ShardEntry] = []
+    deleted_rows: dict[str, int] = {}
+    for shard in job.base.open()[1]:
+        gone: list[str] = []
+        for batch in shard.document_batches(("doc_id", "digest")):
+            pairs = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            gone += [doc_id for doc_id, digest in pairs if not keep(doc_id, digest)]
+            kept_documents += len(batch)
+        kept_documents -= len(gone)
+        deleted_documents += len(gone)
+        deleted = np.zeros(shard.rows, dtype=bool)
+        deleted[shard.tombstones] = True
+        deleted |= pc.is_in(shard.column("doc_id"), pa.array(gone, pa.string())).to_numpy()
+        kept_rows += int((~deleted).sum())
+        kept_tokens += int(shard.column("tokens").to_numpy()[~deleted].sum())
+        if deleted.all():
+            continue
+        living.append(shard.entry)
+        if deleted.any():
+            deleted_rows[shard.entry.shard_id] = int(deleted.sum())
+            name = f"{TOMBSTONES_FOLDER}/{shard.entry.shard_id}.npy"
+            Parts(job.uri).write_array(name, np.flatnonzero(deleted).astype(np.int64))
+    return BaseChange(kept_documents, kept_rows, kept_tokens, deleted_documents, tuple(living), deleted_rows)
+
+
+class _KeepsDocument:
+    """Whether a document of the base version stays; see `BaseVersion`."""
+
+    def __init__(self, job: BuildJob, documents: _Documents, later: Flags) -> None:
+        assert job.base is not None
+        self._job = job
+        self._all = job.base.merge == "delta"
+        self._deleted = set(job.base.deleted)
+        same = ~later & documents.unchanged
+        self._unchanged = KeySet.of(documents.keys[same])
+        self._replaced = set(documents.ids[~later & ~documents.unchanged].tolist()) if self._all else set()
+
+    def __call__(self, doc_id: str, digest: bytes) -> bool:
+        if doc_id in self._deleted or doc_id in self._job.removed:
+            return False
+        if self._all:
+            return id_key(doc_id) not in self._replaced
+        return document_key(doc_id, digest) in self._unchanged
