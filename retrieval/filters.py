@@ -1,9 +1,14 @@
-"""Metadata filters: what a caller may ask of the documents that a search looks through.
+"""Filters: which documents a search may return.
 
-In: JSON (`{"tenant": "acme", "year": {"gte": 2020}}`). Out: a small immutable tree, hashable, so that the rows that it
-allows can be remembered. Fields are metadata keys (dots reach into nested objects), and `doc_id`, `uri`, `title` and
-`collection`. A list matches when any of its elements does. Types do not mix: "2020" is not 2020, and true is not 1.
-Not covered: which rows a filter allows (`attributes.py`). Imports no torch, ray or faiss.
+In: JSON as a caller writes it. Out: a canonical tree of `OneOf`, `Range`, `Exists`, `All`, `AnyOf` and `Not`, hashable,
+that says of a document's values whether they match. Imports no torch, ray or faiss.
+    {"tenant": "acme"}                     a value; of a list, any element
+    {"lang": {"in": ["en", "zh"]}}         one of several
+    {"year": {"gte": 2020, "lt": 2024}}    a range of numbers, or of text by code point (ISO dates)
+    {"lang": {"ne": "en"}}, {"lang": {"exists": true}}
+    {"and": […]}, {"or": […]}, {"not": {…}}; several keys in one object must all match
+Types do not mix: "2020" is not 2020, and true is not 1. A key that no document has matches nothing.
+Not covered: finding the rows that match (`attributes.py`).
 """
 
 from __future__ import annotations
@@ -11,225 +16,351 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import UserError
 
-Scalar = str | bool | int | float
+Scalar = str | int | float
+"""A value as it is compared; a bool is kept as 0 or 1 beside the kind `bool`."""
+Kind = Literal["text", "number", "bool"]
+TypedScalar = tuple[Kind, Scalar]
+Values = Mapping[str, Sequence[TypedScalar]]
+"""A document's values by key."""
 
+MAX_DEPTH = 8
+MAX_CONDITIONS = 256
+MAX_VALUES = 10_000
+MAX_TEXT = 4096
+"""Characters of a key or a value. Filters come from HTTP callers."""
+INT64 = range(-(2**63), 2**63)
 COMPARISONS = ("gt", "gte", "lt", "lte")
-OPERATORS = ("eq", "ne", "in", *COMPARISONS, "exists")
-CONNECTIVES = ("and", "or", "not")
-MOST_DEPTH = 16
-MOST_NODES = 2000
-LARGEST_EXACT_INTEGER = 2**53
+OPERATORS = ("in", "ne", "exists", *COMPARISONS)
+COMBINATIONS = ("and", "or", "not")
+
+
+def typed(value: Any) -> TypedScalar | None:
+    """`value` with its kind, or none when it is no text, finite number or bool.
+
+    A whole number beyond 64 bits is compared as the nearest float.
+    """
+    if isinstance(value, bool):
+        return "bool", int(value)
+    if isinstance(value, str):
+        return "text", value
+    if isinstance(value, int) and value not in INT64:
+        try:
+            value = float(value)
+        except OverflowError:
+            return None
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return "number", value
+    return None
+
+
+class Filter(ABC):
+    """A condition on a document's values. Two filters that are written differently but canonically equal are equal."""
+
+    def matches(self, values: Values) -> bool:
+        """Whether a document with these values may be returned."""
+        return self._matches(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The filter as `parse_filter` reads it."""
+        return self._to_json()
+
+    def bind(self, key: str, values: Sequence[TypedScalar]) -> Filter:
+        """The filter that is left when `key` is known to have `values`."""
+        return self._bind(key, values)
+
+    @abstractmethod
+    def _matches(self, values: Values) -> bool: ...
+
+    @abstractmethod
+    def _to_json(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _bind(self, key: str, values: Sequence[TypedScalar]) -> Filter: ...
 
 
 @dataclass(frozen=True)
-class In:
-    """Holds where the field has one of `values`; `=` is the case of one."""
+class _Condition(Filter):
+    """A condition on one key."""
 
-    field: str
+    key: str
+
+    def _bind(self, key: str, values: Sequence[TypedScalar]) -> Filter:
+        if key != self.key:
+            return self
+        return EVERYTHING if self.matches({key: values}) else NOTHING
+
+
+@dataclass(frozen=True)
+class OneOf(_Condition):
+    """Any value of the key, of this kind, is one of `values`, sorted and distinct."""
+
+    kind: Kind
     values: tuple[Scalar, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
-        return {self.field: self.values[0] if len(self.values) == 1 else {"in": list(self.values)}}
+    def _matches(self, values: Values) -> bool:
+        return any(kind == self.kind and value in self.values for kind, value in values.get(self.key, ()))
+
+    def _to_json(self) -> dict[str, Any]:
+        shown = [_plain(self.kind, value) for value in self.values]
+        return {self.key: shown[0] if len(shown) == 1 else {"in": shown}}
 
 
 @dataclass(frozen=True)
-class Range:
-    """Holds where the field has a value between the bounds; numbers, or strings in code point order (ISO dates)."""
+class Range(_Condition):
+    """Any value of the key, of this kind, lies between the bounds; none is no bound."""
 
-    field: str
-    low: str | float | None
-    low_included: bool
-    high: str | float | None
-    high_included: bool
+    kind: Kind
+    low: Scalar | None
+    low_open: bool
+    """The lower bound itself does not match."""
+    high: Scalar | None
+    high_open: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
-        bounds: dict[str, Any] = {}
+    def _matches(self, values: Values) -> bool:
+        return any(kind == self.kind and self._holds(value) for kind, value in values.get(self.key, ()))
+
+    def _holds(self, value: Any) -> bool:
+        above = self.low is None or (value > self.low if self.low_open else value >= self.low)
+        return bool(above and (self.high is None or (value < self.high if self.high_open else value <= self.high)))
+
+    def _to_json(self) -> dict[str, Any]:
+        bounds = {}
         if self.low is not None:
-            bounds["gte" if self.low_included else "gt"] = self.low
+            bounds["gt" if self.low_open else "gte"] = self.low
         if self.high is not None:
-            bounds["lte" if self.high_included else "lt"] = self.high
-        return {self.field: bounds}
+            bounds["lt" if self.high_open else "lte"] = self.high
+        return {self.key: bounds}
 
 
 @dataclass(frozen=True)
-class Exists:
-    """Holds where the field has any value; null is none."""
+class Exists(_Condition):
+    """The key has a value; null and an empty list are none."""
 
-    field: str
+    def _matches(self, values: Values) -> bool:
+        return bool(values.get(self.key))
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
-        return {self.field: {"exists": True}}
+    def _to_json(self) -> dict[str, Any]:
+        return {self.key: {"exists": True}}
 
 
 @dataclass(frozen=True)
-class And:
-    """Holds where all parts hold; without parts everywhere."""
+class All(Filter):
+    """Every part matches; without parts, everything does."""
 
     parts: tuple[Filter, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
+    def _matches(self, values: Values) -> bool:
+        return all(part.matches(values) for part in self.parts)
+
+    def _to_json(self) -> dict[str, Any]:
         return {"and": [part.to_json() for part in self.parts]}
 
+    def _bind(self, key: str, values: Sequence[TypedScalar]) -> Filter:
+        return all_of(part.bind(key, values) for part in self.parts)
+
 
 @dataclass(frozen=True)
-class Or:
-    """Holds where some part holds; without parts nowhere."""
+class AnyOf(Filter):
+    """At least one part matches; without parts, nothing does."""
 
     parts: tuple[Filter, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
+    def _matches(self, values: Values) -> bool:
+        return any(part.matches(values) for part in self.parts)
+
+    def _to_json(self) -> dict[str, Any]:
         return {"or": [part.to_json() for part in self.parts]}
+
+    def _bind(self, key: str, values: Sequence[TypedScalar]) -> Filter:
+        return any_of(part.bind(key, values) for part in self.parts)
 
 
 @dataclass(frozen=True)
-class Not:
-    """Holds where the part does not."""
+class Not(Filter):
+    """The part does not match."""
 
     part: Filter
 
-    def to_json(self) -> dict[str, Any]:
-        """As `parse_filter` reads it."""
+    def _matches(self, values: Values) -> bool:
+        return not self.part.matches(values)
+
+    def _to_json(self) -> dict[str, Any]:
         return {"not": self.part.to_json()}
 
+    def _bind(self, key: str, values: Sequence[TypedScalar]) -> Filter:
+        return none_of(self.part.bind(key, values))
 
-Filter = In | Range | Exists | And | Or | Not
+
+EVERYTHING: Filter = All(())
+NOTHING: Filter = AnyOf(())
+
+
+def all_of(parts: Iterable[Filter]) -> Filter:
+    """The canonical `All`: flat, sorted, distinct."""
+    found = _distinct(part for outer in parts for part in (outer.parts if isinstance(outer, All) else (outer,)))
+    if NOTHING in found:
+        return NOTHING
+    return found[0] if len(found) == 1 else All(tuple(found))
+
+
+def any_of(parts: Iterable[Filter]) -> Filter:
+    """The canonical `AnyOf`: flat, sorted, distinct."""
+    found = _distinct(part for outer in parts for part in (outer.parts if isinstance(outer, AnyOf) else (outer,)))
+    if EVERYTHING in found:
+        return EVERYTHING
+    return found[0] if len(found) == 1 else AnyOf(tuple(found))
+
+
+def none_of(part: Filter) -> Filter:
+    """The canonical `Not`."""
+    if part == EVERYTHING:
+        return NOTHING
+    if part == NOTHING:
+        return EVERYTHING
+    return part.part if isinstance(part, Not) else Not(part)
+
+
+def _distinct(parts: Iterable[Filter]) -> list[Filter]:
+    return sorted(dict.fromkeys(parts), key=lambda part: json.dumps(part.to_json(), sort_keys=True))
+
+
+def one_of(key: str, values: Iterable[TypedScalar]) -> Filter:
+    """The canonical filter for "`key` has one of `values`", which may be of several kinds."""
+    by_kind: dict[Kind, set[Scalar]] = {}
+    for kind, value in values:
+        by_kind.setdefault(kind, set()).add(value)
+    return any_of(OneOf(key, kind, tuple(sorted(found))) for kind, found in by_kind.items())
+
+
+def _plain(kind: Kind, value: Scalar) -> Any:
+    return bool(value) if kind == "bool" else value
 
 
 def parse_filter(value: Any, key: str = "filter") -> Filter:
-    """The filter that `value`, decoded JSON or its text, describes. Several keys of one object are joined by `and`.
+    """The canonical filter that `value`, decoded JSON, says.
 
-    `{"tenant": "acme"}`, `{"lang": {"in": ["en", "zh"]}}`, `{"year": {"gte": 2020, "lt": 2024}}`,
-    `{"draft": {"ne": true}}`, `{"tag": {"exists": false}}`, `{"and": […]}`, `{"or": […]}`, `{"not": {…}}`.
+    Args:
+        value: As in the module's examples.
+        key: Where it comes from, to name in the error.
 
     Raises:
-        UserError: in one line that begins with `key`, for anything else, a NaN, or a filter deeper than 16 or of more
-            than 2,000 parts.
+        UserError: not a filter, or beyond the limits; names the place inside it.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f'{key} is not JSON ({error.msg} at column {error.colno}): write it as {{"field": "value"}}'
-            ) from error
-    return _Parser(key).parse(value, key, 1)
-
-
-def map_fields(given: Filter, decide: Callable[[In | Range | Exists], Filter]) -> Filter:
-    """The same tree with every leaf replaced by what `decide` makes of it."""
-    if isinstance(given, And):
-        return And(tuple(map_fields(part, decide) for part in given.parts))
-    if isinstance(given, Or):
-        return Or(tuple(map_fields(part, decide) for part in given.parts))
-    if isinstance(given, Not):
-        return Not(map_fields(given.part, decide))
-    return decide(given)
+    return _Parser(key).parse(value)
 
 
 class _Parser:
+    """Counts conditions and values, so that no caller can send a filter that costs more than a search."""
+
     def __init__(self, key: str) -> None:
         self._key = key
-        self._nodes = 0
+        self._conditions = 0
+        self._values = 0
 
-    def parse(self, value: Any, where: str, depth: int) -> Filter:
-        if depth > MOST_DEPTH:
-            raise UserError(f"{self._key} is nested deeper than {MOST_DEPTH} levels: make it flatter")
+    def parse(self, value: Any, place: str = "", depth: int = 1) -> Filter:
         if not isinstance(value, Mapping):
-            raise UserError(f'{where} must be an object such as {{"field": "value"}}, got {_shown(value)}')
-        if not value:
-            raise UserError(f"{where} is an empty object: leave the filter out to search everything")
-        parts = [self._entry(str(name), inner, f"{where}.{name}", depth) for name, inner in value.items()]
-        return parts[0] if len(parts) == 1 else And(tuple(parts))
-
-    def _entry(self, name: str, value: Any, where: str, depth: int) -> Filter:
-        self._count(1)
-        if name in ("and", "or"):
-            if not isinstance(value, list) or not value:
-                raise UserError(f"{where} must be a list of at least one filter, got {_shown(value)}")
-            parts = tuple(self.parse(part, f"{where}[{place}]", depth + 1) for place, part in enumerate(value))
-            return And(parts) if name == "and" else Or(parts)
-        if name == "not":
-            return Not(self.parse(value, where, depth + 1))
-        if isinstance(value, Mapping):
-            return self._operators(name, value, where)
-        if isinstance(value, list):
-            raise UserError(f'{where} is a list: write {{"in": [{"…"}]}} to match any of its values')
-        return In(name, (self._scalar(value, where),))
-
-    def _operators(self, field: str, value: Mapping[Any, Any], where: str) -> Filter:
-        unknown = [str(name) for name in value if name not in OPERATORS]
-        if unknown or not value:
-            name = unknown[0] if unknown else ""
-            near = difflib.get_close_matches(name, [*OPERATORS, *CONNECTIVES], n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"{where}: unknown operator {name!r}{hint}; there are {', '.join(OPERATORS)}")
+            raise self._error(place, f'expected an object such as {{"lang": "en"}}, got {_shown(value)}')
+        if depth > MAX_DEPTH:
+            raise self._error("", f"nested more than {MAX_DEPTH} deep")
         parts: list[Filter] = []
-        for name, inner in value.items():
-            place = f"{where}.{name}"
-            self._count(1)
-            if name == "eq":
-                parts.append(In(field, (self._scalar(inner, place),)))
-            elif name == "ne":
-                parts.append(Not(In(field, (self._scalar(inner, place),))))
-            elif name == "in":
-                parts.append(self._in(field, inner, place))
-            elif name == "exists":
-                if not isinstance(inner, bool):
-                    raise UserError(f"{place} must be true or false, got {_shown(inner)}")
-                parts.append(Exists(field) if inner else Not(Exists(field)))
-        if any(name in value for name in COMPARISONS):
-            parts.append(self._range(field, value, where))
-        return parts[0] if len(parts) == 1 else And(tuple(parts))
+        for name, wanted in value.items():
+            if not isinstance(name, str) or not name or len(name) > MAX_TEXT:
+                raise self._error(place, f"a key must be text of 1 to {MAX_TEXT} characters, got {_shown(name)}")
+            inner = f"{place}.{name}" if place else name
+            if name in COMBINATIONS:
+                parts.append(self._combination(name, wanted, inner, depth))
+            else:
+                parts.extend(self._conditions_on(name, wanted, inner))
+        return all_of(parts)
 
-    def _in(self, field: str, values: Any, where: str) -> Filter:
-        if not isinstance(values, list):
-            raise UserError(f"{where} must be a list of values, got {_shown(values)}")
-        self._count(len(values))
-        found = [self._scalar(value, f"{where}[{place}]") for place, value in enumerate(values)]
-        return In(field, tuple(dict.fromkeys(found))) if found else Or(())
+    def _combination(self, name: str, wanted: Any, place: str, depth: int) -> Filter:
+        if name == "not":
+            return none_of(self.parse(wanted, place, depth + 1))
+        if not isinstance(wanted, list | tuple):
+            raise self._error(place, f"expected a list of filters, got {_shown(wanted)}")
+        self._count_conditions(len(wanted))
+        combine: Callable[[Iterable[Filter]], Filter] = all_of if name == "and" else any_of
+        return combine([self.parse(part, f"{place}[{at}]", depth + 1) for at, part in enumerate(wanted)])
 
-    def _range(self, field: str, value: Mapping[Any, Any], where: str) -> Filter:
-        bounds: dict[str, str | float] = {}
-        for name in COMPARISONS:
-            if name in value:
-                bound = self._scalar(value[name], f"{where}.{name}")
-                if isinstance(bound, bool):
-                    raise UserError(f"{where}.{name} must be a number or a string, got {_shown(bound)}")
-                bounds[name] = bound
+    def _conditions_on(self, key: str, wanted: Any, place: str) -> list[Filter]:
+        if not isinstance(wanted, Mapping):
+            self._count_conditions(1)
+            return [one_of(key, [self._value(wanted, place)])]
+        if not wanted:
+            raise self._error(place, f"names no operator: use one of {', '.join(OPERATORS)}")
+        self._count_conditions(len(wanted))
+        parts = []
+        for operator, value in wanted.items():
+            if operator not in OPERATORS:
+                raise self._error(place, _unknown_operator(operator))
+            at = f"{place}.{operator}"
+            if operator == "in":
+                if not isinstance(value, list | tuple):
+                    raise self._error(at, f"expected a list of values, got {_shown(value)}")
+                parts.append(one_of(key, [self._value(each, at) for each in value]))
+            elif operator == "ne":
+                parts.append(none_of(one_of(key, [self._value(value, at)])))
+            elif operator == "exists":
+                if not isinstance(value, bool):
+                    raise self._error(at, f"expected true or false, got {_shown(value)}")
+                parts.append(Exists(key) if value else none_of(Exists(key)))
+        bounds = {operator: wanted[operator] for operator in COMPARISONS if operator in wanted}
+        return [*parts, self._range(key, bounds, place)] if bounds else parts
+
+    def _range(self, key: str, bounds: dict[str, Any], place: str) -> Filter:
         for one, other in (("gt", "gte"), ("lt", "lte")):
             if one in bounds and other in bounds:
-                raise UserError(f"{where} has both {one} and {other}: keep one")
-        if len({isinstance(bound, str) for bound in bounds.values()}) > 1:
-            raise UserError(f"{where} compares with a number and with a string: use one type")
-        low, high = bounds.get("gt", bounds.get("gte")), bounds.get("lt", bounds.get("lte"))
-        return Range(field, low, "gte" in bounds, high, "lte" in bounds)
+                raise self._error(place, f"has both {one} and {other}: keep one")
+        found = {operator: self._value(value, f"{place}.{operator}") for operator, value in bounds.items()}
+        kinds = {kind for kind, _ in found.values()}
+        if kinds not in ({"number"}, {"text"}):
+            raise self._error(place, "a range needs numbers, or text such as dates, not both and not true or false")
+        low, high = found.get("gt") or found.get("gte"), found.get("lt") or found.get("lte")
+        return Range(key, kinds.pop(), low and low[1], "gt" in found, high and high[1], "lt" in found)
 
-    def _scalar(self, value: Any, where: str) -> Scalar:
-        if isinstance(value, str | bool):
-            return value
-        if isinstance(value, int) and abs(value) > LARGEST_EXACT_INTEGER:
-            raise UserError(f"{where} is beyond 2^53, where numbers are not exact: keep such ids as strings")
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-        raise UserError(f"{where} must be a string, a number, true or false, got {_shown(value)}")
+    def _value(self, value: Any, place: str) -> TypedScalar:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise self._error("", f"names more than {MAX_VALUES} values")
+        if value is None:
+            raise self._error(place, 'null is not a value: use {"exists": false}')
+        found = typed(value)
+        if found is None:
+            hint = ': use {"in": […]} for one of several' if isinstance(value, list | tuple) else ""
+            raise self._error(place, f"expected text, a number, true or false, got {_shown(value)}{hint}")
+        if isinstance(found[1], str) and len(found[1]) > MAX_TEXT:
+            raise self._error(place, f"a value has at most {MAX_TEXT} characters")
+        return found
 
-    def _count(self, nodes: int) -> None:
-        self._nodes += nodes
-        if self._nodes > MOST_NODES:
-            raise UserError(f"{self._key} has more than {MOST_NODES} parts: make it smaller")
+    def _count_conditions(self, more: int) -> None:
+        self._conditions += more
+        if self._conditions > MAX_CONDITIONS:
+            raise self._error("", f"has more than {MAX_CONDITIONS} conditions")
+
+    def _error(self, place: str, reason: str) -> UserError:
+        return UserError(f"{self._key}{' at ' + _one_line(place) if place else ''}: {reason}")
+
+
+def _unknown_operator(operator: Any) -> str:
+    near = difflib.get_close_matches(operator, OPERATORS, n=1, cutoff=0.3) if isinstance(operator, str) else []
+    hint = f", did you mean {near[0]}?" if near else ":"
+    return f"unknown operator {_shown(operator)}{hint} operators are {', '.join(OPERATORS)}"
+
+
+def _one_line(text: str) -> str:
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown if len(shown) <= 120 else shown[:119] + "…"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:39] + "…"
+    """A short name of what was found; a filter may hold personal data, so long values are not repeated."""
+    if isinstance(value, str):
+        return repr(_one_line(value[:40]))
+    return "null" if value is None else f"{type(value).__name__}" if not isinstance(value, int | float) else repr(value)
