@@ -1,4 +1,4 @@
-"""`rayft samples build|show` and `rayft train lora`.
+"""`rayft samples build|show` and `rayft train lora|retriever`.
 
 In: a function that loads a recipe. Out: Typer sub-apps. Heavy imports stand inside the commands, so that `--help`
 answers at once.
@@ -102,5 +102,32 @@ def train_app(load: Load) -> typer.Typer:
             train_adapter(loaded, store, samples, "raft")
         if objective in ("dsf", "both"):
             train_adapter(loaded, store, samples, "dsf")
+
+    @app.command()
+    def retriever(
+        recipe: RecipeArgument,
+        force: Annotated[
+            bool, typer.Option("--force", help="Publish the encoder even where it does not win on held-out questions.")
+        ] = False,
+        overrides: SetOption = None,
+    ) -> None:
+        """Fine-tune the encoder on the questions, and rebuild the index with it. Exit status 1 if it does not win."""
+        from cluster.progress import complain, say
+        from cluster.store import Store
+        from retrieval.index import build_index
+        from training.retriever import NotBetterError, train_retriever
+
+        loaded = load(recipe, overrides or [])
+        store = Store(loaded.store.uri)
+        try:
+            train_retriever(loaded, store, force=force)
+        except NotBetterError as error:
+            complain(f"rayft: {error}")
+            if store.current("encoder", loaded.name) is not None:
+                build_index(loaded, store)  # mining may have built an untuned index, and made it current
+            raise typer.Exit(1) from None
+        if loaded.encoder.tuned == "never":
+            say("retriever: encoder.tuned is never: the index keeps the encoder as configured")
+        build_index(loaded, store)
 
     return app

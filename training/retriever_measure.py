@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,22 +54,21 @@ class Pool:
 
 
 def choose_pool(
-    chunks: Iterable[Chunk], questions: Sequence[Question], hits: Sequence[Sequence[Hit]], limit: int, seed: int
+    chunks: Iterable[Chunk], questions: Sequence[Question], found: Collection[str], limit: int, seed: int
 ) -> Pool:
     """The passages to search for `questions`; see the module's text.
 
     Args:
         chunks: Of the index, in order; read once.
         questions: With golden places.
-        hits: What the index finds for each question.
-        limit: Most passages, though golden passages and hits always belong; 0: all.
+        found: Chunk ids of what the index finds for them.
+        limit: Most passages, though golden passages and those found always belong; 0: all.
         seed: Of the draw.
     """
     places: dict[str, list[Golden]] = defaultdict(list)
     for question in questions:
         for golden in question.golden:
             places[golden.doc_id].append(golden)
-    found = {hit.passage.chunk_id for few in hits for hit in few}
     kept: list[tuple[int, Passage]] = []
     others: list[tuple[int, int, Passage]] = []  # a heap of the lowest hashes: (-hash, place in the index, passage)
     place = -1

@@ -98,12 +98,12 @@ def contrastive_step(
         torch.distributed.all_reduce(every)
     every.requires_grad_()
     loss = info_nce(every[:, 0], every[:, 1:], temperature)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradient = every.grad
     assert gradient is not None, "the loss does not depend on the embeddings"
     for place, part in enumerate(parts):
         values = embedded[place] if held else _embed_rows(model, rows, part)
-        values.backward(gradient[part])  # type: ignore[no-untyped-call]
+        values.backward(gradient[part])
     if world_size > 1:
         _sum_gradients(model)
     return float(loss.detach())

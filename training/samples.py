@@ -48,16 +48,24 @@ def require_questions(recipe: TrainingRecipe) -> None:
     Raises:
         UserError: naming `questions.path` or `questions.test_path`.
     """
-    _questions_digest(recipe.questions.path, "questions.path")
+    questions_inputs(recipe)
+
+
+def questions_inputs(recipe: TrainingRecipe) -> dict[str, str]:
+    """Digests of the question files, by their recipe keys.
+
+    Raises:
+        UserError: there is no such file, naming the key.
+    """
+    inputs = {"questions.path": _questions_digest(recipe.questions.path, "questions.path")}
     if recipe.questions.test_path:
-        _questions_digest(recipe.questions.test_path, "questions.test_path")
+        inputs["questions.test_path"] = _questions_digest(recipe.questions.test_path, "questions.test_path")
+    return inputs
 
 
 def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
     """What the samples depend on."""
-    inputs = {"questions.path": _questions_digest(recipe.questions.path, "questions.path")}
-    if recipe.questions.test_path:
-        inputs["questions.test_path"] = _questions_digest(recipe.questions.test_path, "questions.test_path")
+    inputs = questions_inputs(recipe)
     inputs["prompt.path"] = digest_path(str(prompt_path(recipe.prompt, recipe.language)), key="prompt.path")
     config = {
         "samples": recipe.samples.model_dump(),
