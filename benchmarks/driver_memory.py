@@ -40,38 +40,7 @@ DIMENSION = 384
 WORDS_PER_CHUNK = 14
 SAMPLE_EVERY_S = 0.05
 MARK = "driver-memory "
-WORDS = [
-    "river",
-    "mountain",
-    "border",
-    "export",
-    "cheese",
-    "winter",
-    "harbour",
-    "treaty",
-    "island",
-    "railway",
-    "election",
-    "forest",
-    "copper",
-    "budget",
-    "valley",
-    "language",
-    "festival",
-    "engine",
-    "glass",
-    "bridge",
-    "market",
-    "village",
-    "summer",
-    "energy",
-    "water",
-    "history",
-    "school",
-    "doctor",
-    "music",
-    "garden",
-]
+VOCABULARY = 5000
 
 
 class HashEncoder:
@@ -99,11 +68,15 @@ def write_corpus(path: Path, chunks: int, per_document: int, seed: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for number in range(0, chunks, per_document):
             sections = [
-                f"## Section {place}\n\n{' '.join(rng.choices(WORDS, k=WORDS_PER_CHUNK))} {number + place}.\n"
+                f"## Section {place}\n\n{_sentence(rng)} {number + place}.\n"
                 for place in range(min(per_document, chunks - number))
             ]
             row = {"_id": f"doc-{number}", "title": f"Report {number}", "text": "\n".join(sections)}
             file.write(json.dumps(row) + "\n")
+
+
+def _sentence(rng: random.Random) -> str:
+    return " ".join(f"w{rng.randrange(VOCABULARY)}" for _ in range(WORDS_PER_CHUNK))
 
 
 class Peak:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cluster.errors import UserError
 from cluster.manifest import fingerprint
-from retrieval.questions import read_questions
+from retrieval.questions import read_beir_questions, read_questions
 from retrieval.records import Question
 
 TRAINED_ON = ("train", "valid")
+BEIR_QUERIES = "queries.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,20 @@ def _has_golden(question: Question, grades: Mapping[str, Mapping[str, int]] | No
 
 
 def read_judged(path: str, splits: Sequence[str], key: str) -> Judged:
-    """The questions of a `questions.jsonl`, or of a BEIR folder.
+    """The questions of a `questions.jsonl`, or of a BEIR folder (or its `queries.jsonl`) with qrels.
+
+    Args:
+        path: The file or folder.
+        splits: Of a `questions.jsonl`; for BEIR the name of one qrels file, `test` unless given.
+        key: What `path` came from, to name in errors.
 
     Raises:
         UserError: naming `key` or `--split`.
     """
-    return choose_questions(read_questions(path, key), splits, key=key)
+    given = Path(path).expanduser()
+    if not path or not (given.is_dir() or (given.name == BEIR_QUERIES and (given.parent / "qrels").is_dir())):
+        return choose_questions(read_questions(path, key), splits, key=key)
+    if len(splits) > 1:
+        raise UserError(f"--split: {key} is a BEIR data set: name one qrels file, got {', '.join(splits)}")
+    questions, qrels = read_beir_questions(given, splits[0] if splits else "test", key)
+    return choose_questions(questions, grades=qrels, key=key)

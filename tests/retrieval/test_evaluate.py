@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from retrieval.config import RetrievalRecipe
 from retrieval.evaluate import MODES, evaluate_retrieval, read_retrieval_report
 from retrieval.evaluate_cli import parse_ks, parse_modes
 from retrieval.evaluate_view import render_text
-from retrieval.judged import choose_questions
+from retrieval.judged import choose_questions, read_judged
 from retrieval.records import Golden, Hit, Passage, Question
 
 DOCUMENTS = [f"d{number:02d}" for number in range(30)]
@@ -177,3 +179,42 @@ def test_options_are_sorted_and_told_once() -> None:
     assert parse_modes("hybrid, dense") == ("dense", "hybrid")
     assert parse_ks("10,1,1") == (1, 10)
     assert parse_modes(",".join(MODES)) == MODES
+
+
+def write_beir(folder: Path) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    rows = [{"_id": question.question_id, "text": question.text} for question in QUESTIONS]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judgements = [("q0", "d00", 2), ("q0", "d05", 1), ("q0", "d06", 0), ("q1", "d01", 1), ("q2", "d02", 0)]
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judgements)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "queries.jsonl"])
+def test_beir_folder_gives_graded_questions_and_counts_those_without_relevant_documents(
+    tmp_path: Path, name: str
+) -> None:
+    judged = read_judged(str(write_beir(tmp_path / "beir") / name), [], "--questions")
+    assert [question.question_id for question in judged.questions] == ["q0", "q1"]
+    assert judged.without_golden == 1
+    assert judged.grades is not None
+    assert judged.grades["q0"] == {"d00": 2, "d05": 1, "d06": 0}
+
+
+def test_beir_split_that_is_not_there_and_two_splits_are_refused(tmp_path: Path) -> None:
+    folder = str(write_beir(tmp_path / "beir"))
+    with pytest.raises(UserError, match=r"^--questions: .*dev\.tsv does not exist"):
+        read_judged(folder, ["dev"], "--questions")
+    with pytest.raises(UserError, match=r"^--split: --questions is a BEIR data set: name one qrels file"):
+        read_judged(folder, ["dev", "test"], "--questions")
+
+
+def test_grades_reach_ndcg(
+    tmp_path: Path, store: Store, recipe: RetrievalRecipe, index: Artifact, searches: dict[str, RankedSearch]
+) -> None:
+    judged = read_judged(str(write_beir(tmp_path / "beir")), [], "--questions")
+    report = read_retrieval_report(evaluate_retrieval(recipe, store, index, judged, ks=(1,)))
+    # dense: q0 finds d00 (grade 2) first and d05 (grade 1) sixth, q1 finds d01 second
+    first = (2 + 1 / math.log2(7)) / (2 + 1 / math.log2(3))
+    assert report["modes"]["dense"]["nDCG@10"]["value"] == pytest.approx((first + 1 / math.log2(3)) / 2, abs=1e-6)
