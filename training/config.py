@@ -11,6 +11,7 @@ from pydantic import Field
 
 from cluster.config import Section
 from retrieval.config import RetrievalRecipe
+from training.teacher_config import TeacherConfig
 
 
 class QuestionsConfig(Section):
@@ -155,6 +156,7 @@ class TrainingRecipe(RetrievalRecipe):
     """The part of a recipe that the training room may read."""
 
     questions: QuestionsConfig = QuestionsConfig()
+    teacher: TeacherConfig = TeacherConfig()
     prompt: PromptConfig = PromptConfig()
     samples: SamplesConfig = SamplesConfig()
     model: ModelConfig = ModelConfig()

@@ -26,9 +26,11 @@ from training.teacher_config import QuestionKind, TeacherConfig
 from training.teacher_prompt import QuestionTexts
 
 MIN_QUOTE_WORDS = 3  # a quote of "the" would be verbatim in any passage
+MAX_UNREADABLE = (
+    1000  # each unreadable object costs up to a pass over the text: 50,000 braces took 22 s without a bound
+)
 _DECODER = json.JSONDecoder()
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
-_OPENING = re.compile(r"[{\[]")
 _QUOTATION = "\"'“”‘’«»「」『』… ."
 
 
@@ -76,7 +78,7 @@ def parse_reply(text: str) -> ParsedReply:
     """The questions in a reply: bare, fenced or chatty JSON; of one that was cut off, those that are whole."""
     proposed: list[Proposed] = []
     malformed: list[str] = []
-    for value in _json_values(_THOUGHTS.sub("", text)):
+    for value in _json_objects(_THOUGHTS.sub("", text)):
         for item in _items(value):
             try:
                 proposed.append(Proposed.model_validate(item))
@@ -87,28 +89,25 @@ def parse_reply(text: str) -> ParsedReply:
     return ParsedReply(tuple(proposed), tuple(malformed))
 
 
-def _json_values(text: str) -> Iterator[Any]:
-    """Every JSON object or array in a text; inside one that does not end, the whole ones that it holds."""
-    position = 0
-    while match := _OPENING.search(text, position):
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """Every JSON object in a text, arrays looked into; inside one that does not end, the whole ones that it holds."""
+    position = failures = 0
+    while (start := text.find("{", position)) >= 0 and failures < MAX_UNREADABLE:
         try:
-            value, position = _DECODER.raw_decode(text, match.start())
+            value, position = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
-            position = match.start() + 1
+            position, failures = start + 1, failures + 1
         else:
             yield value
 
 
-def _items(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, list):
-        for inner in value:
+def _items(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    folded = {str(key).strip().lower(): inner for key, inner in value.items()}
+    if "question" in folded:
+        yield folded
+    elif isinstance(folded.get("questions"), list):
+        for inner in folded["questions"]:
             yield from _items(inner) if isinstance(inner, dict) else ()
-    elif isinstance(value, dict):
-        folded = {str(key).strip().lower(): inner for key, inner in value.items()}
-        if "question" in folded:
-            yield folded
-        elif isinstance(folded.get("questions"), list):
-            yield from _items(folded["questions"])
 
 
 def _describe(error: ValidationError | UnicodeEncodeError) -> str:
