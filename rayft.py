@@ -8,10 +8,12 @@ Not covered: what a stage does (the rooms).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,13 +29,15 @@ from evaluation.config import EvaluationRecipe
 from retrieval.cli import index_app
 from serving.cli import serving_app
 from training.cli import samples_app, train_app
+from training.questions_cli import questions_app
 
 if TYPE_CHECKING:
     from cluster.store import Artifact, ArtifactRef, Store
     from retrieval.records import Hit, Question
     from serving.records import Answer
+    from training.asking import LocalTeacher
 
-PATH_KEYS = ("model.base", "encoder.model")
+PATH_KEYS = ("model.base", "encoder.model", "teacher.model")
 """Recipe keys that may hold a local path although their name does not say so."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
@@ -91,6 +95,43 @@ def with_source(recipe: Recipe) -> Recipe:
     )
 
 
+@contextlib.contextmanager
+def local_teacher(recipe: Recipe) -> Iterator[LocalTeacher]:
+    """The model of `teacher.engine: local`, in this process, as the teacher that writes questions."""
+    from cluster.model_source import model_digest
+    from serving.engine import GenerationRequest
+    from serving.transformers_engine import TransformersEngine
+    from training.asking import LocalTeacher
+    from training.base_model import base_model_directory
+    from training.chat_response import Reply
+    from training.endpoint import RefusedError
+    from training.teacher_prompt import TeacherRequest
+
+    own = recipe.teacher.model
+    try:
+        base = base_model_directory(
+            recipe.model.model_copy(update={"base": own, "revision": None}) if own else recipe.model
+        )
+    except UserError as error:
+        raise UserError(str(error).replace("model.base", "teacher.model") if own else str(error)) from error
+    generation = recipe.generation
+    engine = TransformersEngine(base, {}, recipe.model.precision, generation.batch_rows, generation.threads)
+
+    def ask(request: TeacherRequest) -> Reply:
+        wanted = (request.max_tokens, request.temperature)
+        asked = GenerationRequest(request.key, request.messages, None, *wanted, seed=request.seed)
+        completion = engine.generate([asked])[0]
+        if completion.error:
+            raise RefusedError(completion.error)
+        return Reply(completion.text, completion.finish_reason, completion.prompt_tokens, completion.completion_tokens)
+
+    name = f"{Path(own or recipe.model.base.removeprefix('embedded:')).name}@{model_digest(base)[:12]}"
+    try:
+        yield LocalTeacher(name, ask, recipe.teacher.concurrency)
+    finally:
+        engine.close()
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -98,6 +139,7 @@ app = typer.Typer(
     help="RAG, fine-tuning and RAFT on Ray: build, train, serve, measure and choose.",
 )
 app.add_typer(index_app(load), name="index")
+app.add_typer(questions_app(load, local_teacher), name="questions")
 app.add_typer(samples_app(load), name="samples")
 app.add_typer(train_app(load), name="train")
 evaluation_cli.register(app, load)
