@@ -8,6 +8,7 @@ row group is never divided. Not covered: reading the blocks (`readers.py`).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,8 @@ def _cut_lines(filesystem: pafs.FileSystem, path: str, target: int) -> Iterator[
 
 
 def _cut_csv(filesystem: pafs.FileSystem, path: str, target: int, text_column: str) -> Iterator[RowRange]:
-    with filesystem.open_input_file(path) as file:
+    with filesystem.open_input_file(path) as raw:
+        file = io.BufferedReader(raw, BUFFER_BYTES)
         if is_utf16(file.read(4)):
             return
         file.seek(0)

@@ -5,7 +5,7 @@ In: a `Document`, the encoder's own tokenizer, a `ChunkingConfig`. Out: `Chunk`s
 heading, and every character that is neither blank nor part of a heading line stands in at least one chunk.
 A chunk never crosses a heading of level 1 or 2. Below that, small neighbouring subsections share a chunk while the
 whole fits; a section that does not fit is split at the largest boundary that helps: code fence or table, blank line,
-line, sentence (also 。！？), word. A piece that begins inside a table has the table's column names in its heading.
+line, sentence (also 。！？), word. The pieces of a divided table have its column names at the end of their heading.
 Title and heading take at most half of `max_tokens`: where they would take more, the heading loses its top levels, and
 what is still too long is cut at its end (`…`); the document keeps them whole.
 Not covered: what `sections.py` does not see, and one character that alone is more than `max_tokens` tokens.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from retrieval.config import ChunkingConfig
 from retrieval.records import Chunk, Document
-from retrieval.sections import Section, Table, common_path, has_blocks, section_groups, strip_span, tables
+from retrieval.sections import Section, common_path, has_blocks, section_groups, strip_span, tables
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -177,36 +177,37 @@ class Chunker:
         text = document.text[start:end]
         plain = self._header(document.title, section.path)
         blocks = has_blocks(text)
-        shown = iter(tables(text) if blocks else [])
-        table = next(shown, None)
-        for begin, stop in segments(text):
-            for first, last in self._pieces(plain, text, begin, stop, blocks):
-                while table and table.end <= first:
-                    table = next(shown, None)
-                header = plain
-                if table and table.body < first:
-                    header = self._table_header(document.title, section.path, table, plain, text[first:last])
-                if self._count(header, text[first:last]) > self._config.max_tokens:
-                    header = _Header("", "", 0)  # a single character that leaves no room for a header
-                yield header, start + first, start + last
+        for begin, stop, columns in self._regions(text, plain) if blocks else [(0, len(text), "")]:
+            header = self._with_columns(document.title, section.path, columns, plain) if columns else plain
+            for first, last in self._pieces(header, text, begin, stop, blocks):
+                # A single character may leave no room for a header.
+                fits = self._count(header, text[first:last]) <= self._config.max_tokens
+                yield header if fits else _Header("", "", 0), start + first, start + last
 
-    def _table_header(self, title: str, path: tuple[str, ...], table: Table, plain: _Header, text: str) -> _Header:
-        """The header with the table's columns where the chunk has room for them, otherwise without."""
-        heading = HEADING_SEPARATOR.join([*path, table.columns])
+    def _regions(self, text: str, plain: _Header) -> Iterator[tuple[int, int, str]]:
+        """(begin, stop, columns): each table that must be divided, and what lies between them."""
+        begin = 0
+        for table in tables(text):
+            rows = text[table.start : table.end]
+            if len(rows) > self._most_chars or self._count(plain, rows) > self._config.max_tokens:
+                yield begin, table.start, ""
+                yield table.start, table.end, table.columns
+                begin = table.end
+        yield begin, len(text), ""
+
+    def _with_columns(self, title: str, path: tuple[str, ...], columns: str, plain: _Header) -> _Header:
+        """The header with a table's columns, where both take no more than half of the chunk."""
+        heading = HEADING_SEPARATOR.join([*path, columns])
         tokens = self.count_tokens(embedding_text(title, heading, ""))
-        wide = _Header(title, heading, tokens)
-        fits = tokens <= self._config.max_tokens // 2 and self._count(wide, text) <= self._config.max_tokens
-        return wide if fits else plain
+        return _Header(title, heading, tokens) if tokens <= self._config.max_tokens // 2 else plain
 
     def _pieces(self, header: _Header, text: str, begin: int, stop: int, blocks: bool) -> Iterator[tuple[int, int]]:
         """Spans of `text[begin:stop]` that fit under `header`, as far as a single character does."""
         capacity = self._config.max_tokens - header.tokens
-        for first, last in self._cut(header, text, begin, stop, capacity, blocks):
-            if last - first <= self._most_chars:
-                yield from self._within(header, text, first, last, capacity)
-                continue
-            for place in range(first, last, self._most_chars):
-                yield from self._within(header, text, place, min(place + self._most_chars, last), capacity)
+        for from_, to in segments(text, begin, stop):
+            for first, last in self._cut(header, text, from_, to, capacity, blocks):
+                for place in range(first, last, self._most_chars):
+                    yield from self._within(header, text, place, min(place + self._most_chars, last), capacity)
 
     def _within(self, header: _Header, text: str, first: int, last: int, capacity: int) -> Iterator[tuple[int, int]]:
         """The span itself, or smaller ones where it has too many tokens: a tokenizer need not add up."""
@@ -239,10 +240,10 @@ class Chunker:
         return lambda text: max(0, self._count(header, text) - header.tokens)
 
 
-def segments(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of at most `SEGMENT_CHARS`, cut at a blank line, a line, a sentence or a space of their second half."""
-    start = 0
-    while len(text) - start > SEGMENT_CHARS:
+def segments(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most `SEGMENT_CHARS` of `text[start:stop]`, each but the last cut in its second half: at a blank
+    line, else a line, a sentence, a space, or anywhere."""
+    while stop - start > SEGMENT_CHARS:
         middle, latest = start + SEGMENT_CHARS // 2, start + SEGMENT_CHARS
         border = max(text.rfind("\n\n", middle, latest), text.rfind("\r\n\r\n", middle, latest))
         if border < 0:
@@ -254,7 +255,7 @@ def segments(text: str) -> Iterator[tuple[int, int]]:
         border = border if border > 0 else latest
         yield start, border
         start = border
-    yield start, len(text)
+    yield start, stop
 
 
 def _chunk_id(doc_id: str, text: str, occurrence: int) -> str:

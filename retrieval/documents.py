@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from retrieval.blocks import BUFFER_BYTES, MEGABYTE, CorpusBlock, Rejection, cut_blocks, is_utf16
-from retrieval.readers import read_items
+from retrieval.readers import read_file
 from retrieval.records import Document
 from retrieval.sources import (
     CONVERTED_SUFFIXES,
@@ -50,6 +50,7 @@ __all__ = [
     "open_filesystem",
     "read_block",
     "read_documents",
+    "repeated_id",
     "scan_corpus",
 ]
 
@@ -104,21 +105,23 @@ def read_block(block: CorpusBlock) -> BlockContent:
     """The documents of one block. Of documents with one id, all but the first are rejected."""
     content = BlockContent([], [])
     seen: set[str] = set()
-    for item in read_items(block):
-        if isinstance(item, Rejection):
-            content.rejected.append(item)
-        elif item.doc_id in seen:
-            content.rejected.append(repeated_id(item))
-        else:
-            seen.add(item.doc_id)
-            content.documents.append(item)
+    for name in block.files:
+        for item in read_file(block, name):
+            if isinstance(item, Rejection):
+                content.rejected.append(item)
+            elif item.doc_id in seen:
+                content.rejected.append(repeated_id(item, name))
+            else:
+                seen.add(item.doc_id)
+                content.documents.append(item)
     return content
 
 
-def repeated_id(document: Document) -> Rejection:
-    """What becomes of a document whose id an earlier one has."""
+def repeated_id(document: Document, name: str = "") -> Rejection:
+    """What becomes of a document, read from file `name`, whose id an earlier one has."""
     reason = "has the id of an earlier document: ids must differ"
-    return Rejection(document.uri, f"id {document.doc_id}", reason, len(document.text.encode()))
+    place = f"id {document.doc_id}" if name != document.doc_id else ""
+    return Rejection(name or document.uri, place, reason, len(document.text.encode()))
 
 
 def read_documents(config: CorpusConfig, key: str = "corpus.path") -> Iterator[Document]:
@@ -188,7 +191,7 @@ def _sample(blocks: tuple[CorpusBlock, ...], seed: int) -> tuple[str, ...]:
         converted = ((block, name) for block in chosen for name in block.files if suffix(name) in CONVERTED_SUFFIXES)
         for block, name in itertools.islice(converted, SAMPLE_CONVERTED):
             seconds = min(block.convert_timeout_s, SAMPLE_CONVERT_TIMEOUT_S)
-            texts += _texts(dataclasses.replace(block, files=(name,), convert_timeout_s=seconds))
+            texts += _texts(dataclasses.replace(block, convert_timeout_s=seconds), name)
     return tuple(texts[:SAMPLE_DOCUMENTS])
 
 
@@ -197,7 +200,7 @@ def _plain_texts(block: CorpusBlock) -> Iterator[str]:
     filesystem, root = open_filesystem(block.root)
     for name in block.files:
         if is_row_format(name):
-            yield from _texts(dataclasses.replace(block, files=(name,)))
+            yield from _texts(block, name)
         elif suffix(name) in TEXT_SUFFIXES:
             with contextlib.suppress(OSError, UnicodeError):
                 with filesystem.open_input_stream(join_path(root, name)) as file:
@@ -206,5 +209,5 @@ def _plain_texts(block: CorpusBlock) -> Iterator[str]:
                 yield codecs.getincrementaldecoder(encoding)().decode(data)[:SAMPLE_CHARS]
 
 
-def _texts(block: CorpusBlock) -> Iterator[str]:
-    return (item.text[:SAMPLE_CHARS] for item in read_items(block) if isinstance(item, Document))
+def _texts(block: CorpusBlock, name: str) -> Iterator[str]:
+    return (item.text[:SAMPLE_CHARS] for item in read_file(block, name) if isinstance(item, Document))

@@ -33,18 +33,17 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 
-def read_items(block: CorpusBlock) -> Iterator[Document | Rejection]:
-    """The documents of `block` and what could not be read, in order."""
+def read_file(block: CorpusBlock, name: str) -> Iterator[Document | Rejection]:
+    """The documents of one file of `block` and what could not be read, in order."""
     filesystem, root = open_filesystem(block.root)
-    for name in block.files:
-        path = join_path(root, name)
-        try:
-            if is_row_format(name):
-                yield from _rows(filesystem, path, name, block)
-            else:
-                yield _file(filesystem, path, name, block)
-        except OSError as error:
-            yield Rejection(name, "", f"cannot be read: {one_line(error)}", 0)
+    path = join_path(root, name)
+    try:
+        if is_row_format(name):
+            yield from _rows(filesystem, path, name, block)
+        else:
+            yield _file(filesystem, path, name, block)
+    except OSError as error:
+        yield Rejection(name, "", f"cannot be read: {one_line(error)}", 0)
 
 
 def _rows(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock) -> Iterator[Document | Rejection]:
@@ -53,8 +52,9 @@ def _rows(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock)
     for item in readers[suffix(name)](filesystem, path, name, block):
         some = True
         yield item
-    if not some and block.first_row == 0:
-        yield Rejection(name, "", "is empty: it holds no rows", int(filesystem.get_file_info(path).size or 0))
+    size = int(filesystem.get_file_info(path).size or 0)
+    if not some and block.start == 0 and (block.end < 0 or block.end >= size):
+        yield Rejection(name, "", "is empty: it holds no rows", size)
 
 
 def _file(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock) -> Document | Rejection:

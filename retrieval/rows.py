@@ -16,7 +16,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from retrieval.blocks import BUFFER_BYTES, CorpusBlock, Rejection, is_utf16
@@ -148,7 +148,7 @@ def _names(row: Mapping[str, Any]) -> str:
 def read_csv(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock) -> Iterator[Document | Rejection]:
     """The rows of a .csv file with a header, or of the block's range of it."""
     with filesystem.open_input_file(path) as raw:
-        source, encoding = _decoded(raw, block) if block.start == 0 else (raw, "")
+        source, encoding = _decoded(raw, block) if block.start == 0 else (io.BufferedReader(raw, BUFFER_BYTES), "")
         source.seek(0)
         header, delimiter, begin = read_header(source, block.columns["text"])
         if block.columns["text"] not in header:
@@ -165,7 +165,9 @@ def read_csv(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlo
             try:
                 if isinstance(record, Exception):
                     raise RowError(f"is not CSV: {one_line(record)}")
-                yield _document(_csv_row(header, record), block.columns, f"{name}#{number}", encoding)
+                yield _document(
+                    _csv_row(header, record, block.columns.values()), block.columns, f"{name}#{number}", encoding
+                )
             except RowError as error:
                 yield Rejection(name, f"row {number}", str(error), position - last)
             last = position
@@ -175,18 +177,26 @@ def _size(raw: Any) -> int:
     return int(raw.size())
 
 
-def _csv_row(header: list[str], record: list[str]) -> dict[str, Any]:
+def _csv_row(header: list[str], record: list[str], parts: Collection[str]) -> dict[str, Any]:
     if len(record) != len(header):
         raise RowError(f"has {len(record)} cells where the header has {len(header)}")
     row: dict[str, Any] = {}
     for column, cell in zip(header, record, strict=True):
-        if not cell:
-            continue
         try:
-            row[column] = cell.encode("latin-1").decode("utf-8")
+            value = cell.encode("latin-1").decode("utf-8")
         except UnicodeDecodeError as error:
             raise RowError(f"is not UTF-8 (byte {error.start} of its column {column!r})") from error
+        row[column] = value if column in parts else _number(value)
     return row
+
+
+def _number(cell: str) -> Any:
+    """None for an empty cell; a number where the cell is exactly how that number is written; otherwise the text."""
+    match = _CANONICAL_NUMBER.fullmatch(cell)
+    if not match:
+        return cell or None
+    value = float(cell) if match[2] else int(cell)
+    return value if str(value) == cell else cell
 
 
 def read_parquet(
@@ -211,16 +221,34 @@ def read_parquet(
                 return
             groups = list(range(block.start, block.end if block.end >= 0 else file.num_row_groups))
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=names):
-                for row in batch.to_pylist():
+                for row in _batch_rows(batch):
                     number += 1
                     try:
-                        plain = {key: _plain(value) for key, value in row.items()}
-                        yield _document(plain, block.columns, f"{name}#{number}")
+                        if isinstance(row, Exception):
+                            raise RowError(f"holds a value that cannot be read: {one_line(row)}")
+                        yield _document(row, block.columns, f"{name}#{number}")
                     except RowError as error:
-                        yield Rejection(name, f"row {number}", str(error), len(str(row.get(block.columns["text"]))))
+                        yield Rejection(
+                            name, f"row {number}", str(error), 0 if isinstance(row, Exception) else len(str(row))
+                        )
     except (OSError, ValueError, pa.ArrowException) as error:
         place = f"after row {number}" if number else ""
         yield Rejection(name, place, f"is not Parquet that can be read: {one_line(error)}", size)
+
+
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """Rows as JSON has them; a row with text that is not UTF-8 or a date that Python does not have is its error."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        for place in range(batch.num_rows):
+            try:
+                yield {key: _plain(value) for key, value in batch.slice(place, 1).to_pylist()[0].items()}
+            except (ValueError, OverflowError) as error:
+                yield error
+        return
+    for row in rows:
+        yield {key: _plain(value) for key, value in row.items()}
 
 
 def _is_binary(kind: Any) -> bool:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from retrieval.records import Document
 
 LONGEST_HEADING_LINE = 1000
-_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t\r]*$")
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _FENCE_LINE = re.compile(r"^ {0,3}(?:`{3}|~{3})", re.MULTILINE)
 # A row with a pipe, and below it the line of dashes that makes it a table's header (GitHub Flavored Markdown, 4.10).
+# Spaces are bounded, so that no line makes the search quadratic.
 _TABLE = re.compile(
-    r"^[ \t]*(\|[^\n]{0,2000})\n[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-*:?[ \t]*){1,200}\r?$", re.MULTILINE
+    r"^[ \t]{0,9}(\|[^\n]{0,2000})\n[ \t]{0,9}\|?[ \t]{0,9}:?-+:?[ \t]{0,9}(?:\|[ \t]{0,9}:?-*:?[ \t]{0,9}){1,200}\r?$",
+    re.MULTILINE,
 )
 
 
@@ -38,10 +40,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header row: `columns` as `a | b`, its rows from `body` to `end`."""
+    """A table with a header row, from `start` to `end`; `columns` as `a | b`."""
 
     columns: str
-    body: int
+    start: int
     end: int
 
 
@@ -98,7 +100,7 @@ def tables(text: str) -> list[Table]:
                 break
             end = place = line_end
         cells = [" ".join(cell.split()) for cell in match[1].strip().strip("|").split("|")]
-        found.append(Table(" | ".join(cell for cell in cells if cell), match.end(), end))
+        found.append(Table(" | ".join(cell for cell in cells if cell), match.start(), end))
     return found
 
 
@@ -115,9 +117,17 @@ def _heading_lines(text: str) -> Iterator[tuple[int, int, int, str]]:
                 fence = ""
         elif mark:
             fence = mark[1]
-        elif end - start <= LONGEST_HEADING_LINE and (heading := _HEADING.match(line)) and heading[2].strip():
-            yield start, end, len(heading[1]), heading[2].strip()
+        elif end - start <= LONGEST_HEADING_LINE and (heading := _HEADING.match(line)):
+            name = _without_closing_marks(heading[2].strip())
+            if name:
+                yield start, end, len(heading[1]), name
         start = end
+
+
+def _without_closing_marks(heading: str) -> str:
+    """`Area ##` is written `Area`; `C#` stays."""
+    bare = heading.rstrip("#")
+    return heading if bare and not bare[-1].isspace() else bare.rstrip()
 
 
 def _sections(document: Document) -> Iterator[Section]:

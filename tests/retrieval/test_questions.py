@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import UserError
-from retrieval.questions import read_questions, write_questions
+from retrieval.questions import read_beir_questions, read_qrels, read_questions, write_questions
 from retrieval.records import Golden, Question
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -71,3 +71,47 @@ def test_read_questions_beir_queries_need_no_answers(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(json.dumps({"_id": 1, "text": "what?"}), encoding="utf-8")
     assert read_questions(path) == [Question("1", "what?")]
+
+
+def write_beir(folder: Path, qrels: str) -> Path:
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(qrels, encoding="utf-8")
+    rows = [{"_id": f"q{n}", "text": f"question {n}"} for n in range(4)]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_read_beir_questions_only_judged_questions_with_relevant_documents_as_golden(tmp_path: Path) -> None:
+    write_beir(tmp_path, "query-id\tcorpus-id\tscore\nq2\td 1\t2\nq2\td2\t0\r\nq0\td2\t1\n\nq2\td3\t1\n")
+    for path in (tmp_path, tmp_path / "queries.jsonl"):
+        questions, qrels = read_beir_questions(path)
+        assert [(q.question_id, q.split) for q in questions] == [("q0", "test"), ("q2", "test")]
+        assert questions[1].golden == (Golden("d 1"), Golden("d3"))
+        assert qrels == {"q0": {"d2": 1}, "q2": {"d 1": 2, "d2": 0, "d3": 1}}
+
+
+def test_read_qrels_trec_columns_and_files_without_header_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("q1 0 d1 3\nq1 0 d2 -1\n", encoding="utf-8")
+    (tmp_path / "b.tsv").write_text("q1\td1\t3\nq1\td2\t-1\n", encoding="utf-8")
+    assert read_qrels(tmp_path / "a.tsv") == read_qrels(tmp_path / "b.tsv") == {"q1": {"d1": 3, "d2": -1}}
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ("query-id\tcorpus-id\tscore\n", r"test\.tsv holds no judgements"),
+        ("q0\td1\n", r"test\.tsv:1 is not query-id, corpus-id and score"),
+        ("q0\td1\thigh\n", r"test\.tsv:1: score 'high' is not a whole number"),
+        ("q0\td1\t1\nq0\td1\t2\n", r"test\.tsv:2 judges 'd1' for 'q0' a second time"),
+        ("q9\td1\t1\n", r"judges 1 questions that are not there, such as 'q9'"),
+    ],
+)
+def test_read_beir_questions_bad_judgements_name_key_and_place(tmp_path: Path, qrels: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^--questions: .*{message}"):
+        read_beir_questions(write_beir(tmp_path, qrels), "test", "--questions")
+
+
+def test_read_beir_questions_missing_split_names_the_others(tmp_path: Path) -> None:
+    write_beir(tmp_path, "q0\td1\t1\n")
+    with pytest.raises(UserError, match=r"dev\.tsv does not exist; splits with judgements: test"):
+        read_beir_questions(tmp_path, "dev")
