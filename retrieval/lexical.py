@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cluster.errors import ArtifactError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -70,10 +72,33 @@ class LexicalIndex:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Read what `save` wrote. The caller has verified the files' digests."""
-        import bm25s
+        """Map what `save` wrote. The caller has verified the files' digests.
 
-        return cls(bm25s.BM25.load(str(directory), load_corpus=False, allow_pickle=False))
+        Raises:
+            ArtifactError: it is not a lexical index.
+        """
+        import bm25s
+        import numpy as np
+
+        try:
+            bm25 = bm25s.BM25.load(str(directory), load_corpus=False, allow_pickle=False, mmap=True)
+            index = cls(bm25)
+            indptr, indices = bm25.scores["indptr"], bm25.scores["indices"]
+            sane = (
+                indptr.ndim == indices.ndim == bm25.scores["data"].ndim == 1
+                and len(bm25.scores["data"]) == len(indices) == indptr[-1]
+                and indptr[0] == 0
+                and bool((np.diff(indptr) >= 0).all())
+                and (not len(indices) or (indices.min() >= 0 and indices.max() < index.texts))
+                and max(bm25.vocab_dict.values(), default=0) < len(indptr) - 1
+            )
+        except Exception as error:
+            raise ArtifactError(
+                f"{directory} is not a lexical index that can be read ({type(error).__name__}): rebuild the index"
+            ) from error
+        if not sane:
+            raise ArtifactError(f"{directory} does not hold a lexical index: rebuild the index")
+        return index
 
     def save(self, directory: Path) -> None:
         """Write npy arrays (no pickle) and JSON into `directory`."""

@@ -1,36 +1,43 @@
-"""Searching a published index.
+"""Searching a published index, or a catalog of several collections.
 
 In: an index artifact (every file verified before it is parsed), and the recipe's encoder. Out: the k best passages of
-each query, best first, equal scores by chunk id. Dense search embeds queries with the encoder that built the index and
-refuses any other; lexical search needs no encoder.
-Not covered: filters, fusing both kinds of search.
+each query, best first, equal scores by chunk id: by vectors (`dense`), by words (`lexical`), or both fused by
+reciprocal rank (`hybrid`); under a filter; ordered anew by a cross-encoder where the recipe names one. Dense search
+embeds queries with the encoder that built the index and refuses any other; lexical search needs no encoder.
+A catalog is searched like one index: by score where all its collections are searched alike, by reciprocal rank where
+their scores are of different kinds.
+Not covered: who the caller is; `groups` comes from the server.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from cluster.errors import ArtifactError, UserError
-from retrieval.config import EncoderConfig, SearchConfig
-from retrieval.encoder import Encoder, EncoderSource, encoder_digest, load_encoder
-from retrieval.lexical import LexicalIndex
+from retrieval.attributes import attribute_values
+from retrieval.config import EncoderConfig, SearchConfig, SearchMode
+from retrieval.encoder import BASE_INPUT, Encoder, EncoderSource, encoder_digest, load_encoder
+from retrieval.filters import EVERYTHING, NOTHING, Filter, typed
+from retrieval.fusion import Ranking, by_reciprocal_rank, by_score
 from retrieval.records import Chunk, Document, Hit, Passage
-from retrieval.shards import INDEX_FORMAT, LEXICAL_FOLDER
-from retrieval.vectors import VectorSearch
+from retrieval.shards import INDEX_FORMAT
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     import numpy.typing as npt
-    import pyarrow as pa
 
     from cluster.manifest import ArtifactRef
     from cluster.store import Artifact
+    from retrieval.rerank import Reranker
+    from retrieval.searcher import IndexSearcher
 
-SPARE_HITS = 16
+Mode = Literal["dense", "lexical", "hybrid"]
+Place = tuple[int, int]
+"""Number of the member, global row in it."""
+COLLECTION = "collection"
+"""Key that a filter over a catalog may name."""
 
 
 def require_chunks(index: Artifact, k: int, key: str) -> None:
@@ -39,38 +46,57 @@ def require_chunks(index: Artifact, k: int, key: str) -> None:
     Raises:
         UserError: naming `key`, the recipe key that `k` came from.
     """
-    chunks = int(index.manifest.counts["chunks"])
-    if not 1 <= k <= chunks:
-        raise UserError(f"{key} is {k} but the index has {chunks} chunks: set {key} to between 1 and {chunks}")
+    _require_rows(int(index.manifest.counts["chunks"]), k, key)
+
+
+def _require_rows(rows: int, k: int, key: str) -> None:
+    if not 1 <= k <= rows:
+        raise UserError(f"{key} is {k} but the index has {rows} chunks: set {key} to between 1 and {rows}")
+
+
+class _Member:
+    """One index, with the collection that it is."""
+
+    def __init__(
+        self, searcher: IndexSearcher, source: EncoderSource | None, collection: str = "", access: Sequence[str] = ()
+    ) -> None:
+        self.searcher = searcher
+        self.source = source
+        """None in a lexical index."""
+        self.collection = collection
+        self.access = frozenset(access)
+
+    def resolve(self, mode: SearchMode) -> Mode:
+        """`mode`, or what the index was built for.
+
+        Raises:
+            UserError: the index cannot serve it.
+        """
+        found: Mode = self.searcher.table.mode if mode == "auto" else mode
+        if found != "lexical" and not self.searcher.has_vectors:
+            raise UserError(
+                f"search.mode is {found}, but {self.searcher.ref} holds no embeddings: set search.mode=lexical, "
+                f"or build the index with search.mode={found} and an encoder that knows its language"
+            )
+        if found != "dense" and not self.searcher.has_words:
+            raise UserError(
+                f"search.mode is {found}, but {self.searcher.ref} has no lexical files: set search.mode=dense"
+            )
+        return found
 
 
 class Retriever:
-    """An opened index. Searches on CPU may run from several threads; on a GPU they take turns."""
+    """An opened index or catalog. Searches on CPU may run from several threads; on a GPU they take turns."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        chunks: pa.Table,
-        search: VectorSearch | LexicalIndex,
-        encoder: EncoderConfig,
-        device: str | None,
-    ) -> None:
+    def __init__(self, artifact: Artifact, members: list[_Member], search: SearchConfig, device: str | None) -> None:
         """Use `Retriever.open`."""
-        import numpy as np
-
         self.ref: ArtifactRef = artifact.ref
-        self.mode: Literal["dense", "lexical"] = "dense" if isinstance(search, VectorSearch) else "lexical"
-        self._artifact = artifact
-        self._chunks = chunks
-        self._search = search
-        self._encoder_config = encoder
+        self._members = members
+        self._config = search
         self._device = device
-        self._encoder: Encoder | None = None
-        self._encoder_lock = threading.Lock()
-        order = np.argsort(np.array(chunks["chunk_id"].to_pylist(), dtype=object))
-        self._id_rank = np.empty(len(chunks), dtype=np.int64)
-        """Place of each row's chunk id among all, to order equal scores."""
-        self._id_rank[order] = np.arange(len(chunks))
+        self._encoders: dict[str, Encoder] = {}
+        self._reranker: Reranker | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -81,11 +107,12 @@ class Retriever:
         *,
         device: str | None = None,
     ) -> Retriever:
-        """Verify and load an index artifact.
+        """Verify and map an index artifact, or a catalog and the indexes that it names.
 
         Args:
             artifact: Of kind `index`.
-            encoder: The recipe's encoder; loaded at the first dense search.
+            encoder: The recipe's encoder; loaded at the first dense search. An index that a tuned encoder embedded
+                is searched with that one, and a collection with an encoder of its own with its own.
             search: How to search (the recipe's `search` section); none takes the defaults.
             device: Of the query encoder; by default `cuda` where there is one.
 
@@ -93,135 +120,248 @@ class Retriever:
             ArtifactError: damaged, of another format, or built by another encoder (both are named).
             UserError: `search.gpu` where there is no GPU search.
         """
-        manifest = artifact.manifest
-        if manifest.kind != "index" or manifest.format != INDEX_FORMAT:
-            raise ArtifactError(
-                f"{artifact.ref} is a {manifest.kind} of format {manifest.format}, this rayft searches an index of "
-                f"format {INDEX_FORMAT}: run `rayft index build RECIPE`"
-            )
-        lexical = manifest.measured.get("mode") == "lexical"
-        if not lexical:
-            _refuse_other_encoder(artifact, encoder)
-        directory = artifact.directory()
-        chunks = _read_chunks(directory)
-        rows = int(manifest.counts["chunks"])
-        gpu = search is not None and search.gpu
-        files: VectorSearch | LexicalIndex
-        if lexical:
-            files = LexicalIndex.load(directory / LEXICAL_FOLDER)
-            found = files.texts
-        else:
-            files = VectorSearch(directory / "index.faiss", rows, int(manifest.measured["dimension"]), gpu)
-            found = files.rows
-        if not len(chunks) == found == rows:
-            raise ArtifactError(
-                f"{artifact.ref}: {rows} chunks in the manifest, {len(chunks)} in its parts and {found} in the search "
-                "files must be equal: rebuild the index"
-            )
-        return cls(artifact, chunks, files, encoder, device)
+        from retrieval.collections import is_catalog, read_catalog
+
+        config = search or SearchConfig()
+        if not is_catalog(artifact):
+            return cls(artifact, [_open_member(artifact, encoder, config)], config, device)
+        members = [
+            _open_member(artifact.store.open_ref(entry.ref), entry.encoder or encoder, config, entry.name, entry.access)
+            for entry in read_catalog(artifact)
+        ]
+        return cls(artifact, members, config, device)
 
     def __len__(self) -> int:
         """Number of chunks."""
-        return len(self._chunks)
+        return sum(member.searcher.live for member in self._members)
 
-    def search(self, queries: Sequence[str], k: int, key: str = "k") -> list[list[Hit]]:
-        """The k best passages of each query, best first; always k of them, so a lexical hit may score 0.
+    @property
+    def mode(self) -> Mode:
+        """How a search without `mode` searches; of a catalog, its first collection."""
+        return self._members[0].resolve(self._config.mode)
+
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int,
+        key: str = "k",
+        *,
+        filter: Filter | None = None,
+        mode: SearchMode | None = None,
+        groups: frozenset[str] | None = None,
+    ) -> list[list[Hit]]:
+        """The k best passages of each query, best first; fewer only where fewer are allowed. A lexical hit may score 0.
 
         Args:
             queries: Any number; embedded and searched together.
             k: Passages per query.
             key: Recipe key that `k` came from, to name in the error.
+            filter: Only passages that match; of a catalog, `collection` names the collection.
+            mode: Instead of the recipe's `search.mode`.
+            groups: Of the caller; only collections that are open to one of them, or to everybody, are searched.
+                None is a trusted caller, who sees all.
 
         Raises:
-            UserError: `k` is not between 1 and the number of chunks.
+            UserError: `k` is not between 1 and the number of chunks that the caller may see, or the index cannot serve
+                the mode.
         """
-        if not 1 <= k <= len(self):
-            raise UserError(
-                f"{key} is {k} but the index has {len(self)} chunks: set {key} to between 1 and {len(self)}"
-            )
+        visible = [
+            place
+            for place, member in enumerate(self._members)
+            if groups is None or not member.access or member.access & groups
+        ]
+        rows = sum(self._members[place].searcher.live for place in visible)
+        if groups is not None and not rows:
+            return [[] for _ in queries]
+        _require_rows(rows, k, key)
         if not queries:
             return []
-        if isinstance(self._search, VectorSearch):
-            found = self._search_dense(self._search, queries, k)
-        else:
-            found = [self._best(self._search.scores(query), k) for query in queries]
-        return [
-            [Hit(Passage.of(self._chunk(row)), score, rank) for rank, (row, score) in enumerate(best, start=1)]
-            for best in found
-        ]
+        wanted = {place: self._bound(self._members[place], filter) for place in visible}
+        searched = {place: bound for place, bound in wanted.items() if bound != NOTHING}
+        depth = max(k, self._config.rerank_candidates) if self._config.rerank else k
+        found = self._find(queries, depth, searched, mode or self._config.mode)
+        hits = self._hits(found, searched)
+        return self._load_reranker().rerank(queries, hits, k) if self._config.rerank else hits
 
-    def chunks(self) -> list[Chunk]:
-        """All chunks, in document and offset order."""
-        return [Chunk.from_row(row) for row in self._chunks.to_pylist()]
+    def chunks(self) -> Iterator[Chunk]:
+        """Chunks that are not deleted, in document and offset order, collection by collection."""
+        for member in self._members:
+            yield from member.searcher.chunks()
 
-    def documents(self) -> list[Document]:
-        """All documents, in corpus order, with their text."""
-        rows = _read_table(self._artifact.directory() / "documents", Document.schema()).to_pylist()
-        return [Document.from_row(row) for row in rows]
+    def documents(self) -> Iterator[Document]:
+        """Documents that are not deleted, in corpus order, with their text, collection by collection."""
+        for member in self._members:
+            yield from member.searcher.documents()
 
     def encode_queries(self, queries: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Query embeddings, (n, dim) float32; loads the encoder at the first call."""
-        with self._encoder_lock:  # one owner: padding buffers and torch's thread pool are shared
-            if self._encoder is None:
-                self._encoder = load_encoder(EncoderSource(self._encoder_config), self._device)
-            return self._encoder.encode_queries(queries)
+        """Query embeddings by the (first) index's encoder, (n, dim) float32; loads it at the first call.
 
-    def _search_dense(self, search: VectorSearch, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
-        """Search a little deeper than k; deeper still for queries whose k-th score is not yet told from the last."""
-        vectors = self.encode_queries(queries)
-        results: list[list[tuple[int, float]]] = [[] for _ in queries]
-        pending = list(range(len(queries)))
-        depth = min(len(self), k + SPARE_HITS)
-        while pending:
-            scores, rows = search.search(vectors[pending], depth)
-            unsettled = []
-            for query, query_scores, query_rows in zip(pending, scores, rows, strict=True):
-                valid = query_rows >= 0
-                results[query] = self._ordered(query_rows[valid], query_scores[valid], k)
-                if query_scores[-1] == query_scores[k - 1] and valid[-1]:
-                    unsettled.append(query)
-            if depth == len(self):
-                break
-            pending, depth = unsettled, min(len(self), depth * 2)
-        return results
+        Raises:
+            UserError: no index here has an encoder.
+        """
+        source = next((member.source for member in self._members if member.source is not None), None)
+        if source is None:
+            raise UserError(f"{self.ref} is lexical: it has no encoder")
+        return self._encode(source, queries)
 
-    def _best(self, scores: npt.NDArray[np.float32], k: int) -> list[tuple[int, float]]:
-        """The k best of a score per row, (n_chunks,) float32."""
-        import numpy as np
+    def _encode(self, source: EncoderSource, queries: Sequence[str]) -> npt.NDArray[np.float32]:
+        digest = source.digest()
+        with self._lock:  # one owner: padding buffers and torch's thread pool are shared
+            if digest not in self._encoders:
+                self._encoders[digest] = load_encoder(source, self._device)
+            return self._encoders[digest].encode_queries(queries)
 
-        kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-        rows = np.flatnonzero(scores >= kth)
-        return self._ordered(rows, scores[rows], k)
+    def _load_reranker(self) -> Reranker:
+        from retrieval.rerank import Reranker
 
-    def _ordered(self, rows: npt.NDArray[Any], scores: npt.NDArray[Any], k: int) -> list[tuple[int, float]]:
-        import numpy as np
+        with self._lock:
+            if self._reranker is None:
+                self._reranker = Reranker(self._config.rerank, self._device)
+            return self._reranker
 
-        order = np.lexsort((self._id_rank[rows], -scores))[:k]
-        return [(int(rows[place]), float(scores[place])) for place in order]
+    def _bound(self, member: _Member, filter: Filter | None) -> Filter | None:
+        if filter is None or not member.collection:
+            return filter
+        scalar = typed(member.collection)
+        assert scalar is not None, "a name is text"
+        bound = filter.bind(COLLECTION, [scalar])
+        return None if bound == EVERYTHING else bound
 
-    def _chunk(self, row: int) -> Chunk:
-        return Chunk.from_row(self._chunks.slice(row, 1).to_pylist()[0])
+    def _find(
+        self, queries: Sequence[str], k: int, wanted: dict[int, Filter | None], mode: SearchMode
+    ) -> list[Ranking[Place]]:
+        """Rankings over all members: as one index where their scores compare, else by rank."""
+        modes = {place: self._members[place].resolve(mode) for place in wanted}
+        encoders = {self._members[place].searcher.table.encoder_digest for place in wanted if modes[place] != "lexical"}
+        vectors = {
+            digest: self._encode(source, queries)
+            for digest, source in (
+                (self._members[place].searcher.table.encoder_digest, self._members[place].source)
+                for place in wanted
+                if modes[place] != "lexical"
+            )
+            if source is not None
+        }
+        if len(set(modes.values())) <= 1 and len(encoders) <= 1:
+            return self._search_alike(queries, vectors, k, wanted, next(iter(modes.values()), "dense"))
+        each = [
+            self._search_alike(queries, vectors, k, {place: bound}, modes[place]) for place, bound in wanted.items()
+        ]
+        constant = self._config.rrf_constant
+        return [by_reciprocal_rank(rankings, constant, k, self._names) for rankings in zip(*each, strict=True)]
+
+    def _search_alike(
+        self,
+        queries: Sequence[str],
+        vectors: dict[str, npt.NDArray[np.float32]],
+        k: int,
+        wanted: dict[int, Filter | None],
+        mode: Mode,
+    ) -> list[Ranking[Place]]:
+        """Members whose scores compare, as if they were one index."""
+        depth = max(k, self._config.candidates) if mode == "hybrid" else k
+        dense: list[Ranking[Place]] = []
+        words: list[Ranking[Place]] = []
+        if mode != "lexical":
+            found = {
+                place: self._members[place].searcher.dense(
+                    vectors[self._members[place].searcher.table.encoder_digest], depth, bound
+                )
+                for place, bound in wanted.items()
+            }
+            dense = self._merged(len(queries), found, depth)
+        if mode != "dense":
+            found = {
+                place: self._members[place].searcher.lexical(queries, depth, bound) for place, bound in wanted.items()
+            }
+            words = self._merged(len(queries), found, depth)
+        if mode != "hybrid":
+            return dense or words
+        return [self._fused(one, other, k) for one, other in zip(dense, words, strict=True)]
+
+    def _fused(self, dense: Ranking[Place], words: Ranking[Place], k: int) -> Ranking[Place]:
+        told = [
+            (place, score) for place, score in words if score > 0
+        ]  # a passage without a word of the query has no rank
+        return by_reciprocal_rank([dense, told], self._config.rrf_constant, k, self._names)
+
+    def _merged(self, queries: int, found: dict[int, list[Ranking[int]]], k: int) -> list[Ranking[Place]]:
+        merged = []
+        for query in range(queries):
+            items = [((place, row), score) for place, rankings in found.items() for row, score in rankings[query]]
+            merged.append(items if len(found) == 1 else by_score(items, k, self._names))
+        return merged
+
+    def _names(self, places: Sequence[Place]) -> list[str]:
+        """Chunk id and collection, which tell passages with equal scores apart."""
+        names: dict[Place, str] = {}
+        for number in {number for number, _ in places}:
+            rows = [row for member, row in places if member == number]
+            member = self._members[number]
+            for row, chunk_id in zip(rows, member.searcher.chunk_ids(rows), strict=True):
+                names[number, row] = f"{chunk_id} {member.collection}"
+        return [names[place] for place in places]
+
+    def _hits(self, found: list[Ranking[Place]], wanted: dict[int, Filter | None]) -> list[list[Hit]]:
+        chunks: dict[Place, Chunk] = {}
+        for number, bound in wanted.items():
+            member = self._members[number]
+            rows = [row for ranking in found for (place, row), _ in ranking if place == number]
+            for row, chunk in member.searcher.chunks_at(rows).items():
+                if bound is not None and not bound.matches(attribute_values(vars(chunk))):
+                    raise ArtifactError(
+                        f"{member.searcher.ref}: its attributes are not those of its chunks (chunk {chunk.chunk_id}): "
+                        "rebuild the index"
+                    )
+                chunks[number, row] = chunk
+        return [
+            [
+                Hit(Passage.of(chunks[place]), score, rank, self._members[place[0]].collection)
+                for rank, (place, score) in enumerate(ranking, start=1)
+            ]
+            for ranking in found
+        ]
 
 
-def _refuse_other_encoder(artifact: Artifact, encoder: EncoderConfig) -> None:
-    built_with = artifact.manifest.inputs.get("encoder.model", "")
-    offered = encoder_digest(encoder)
-    if built_with != offered:
+def _open_member(
+    artifact: Artifact, encoder: EncoderConfig, search: SearchConfig, collection: str = "", access: Sequence[str] = ()
+) -> _Member:
+    from retrieval.searcher import IndexSearcher
+
+    manifest = artifact.manifest
+    if manifest.kind != "index" or manifest.format != INDEX_FORMAT:
         raise ArtifactError(
-            f"{artifact.ref} was built with the encoder {artifact.manifest.measured.get('encoder')} "
-            f"({built_with[:12]}), the recipe's encoder.model is {encoder.model} ({offered[:12]}): "
-            "run `rayft index build RECIPE`, or set encoder.model back"
+            f"{artifact.ref} is a {manifest.kind} of format {manifest.format}, this rayft searches an index of "
+            f"format {INDEX_FORMAT}: run `rayft index build RECIPE`"
         )
+    lexical = manifest.measured.get("mode") == "lexical"
+    source = None if lexical else _source_of(artifact, encoder)
+    searcher = IndexSearcher.open(artifact, gpu=search.gpu)
+    if source is not None and searcher.table.encoder_digest != source.digest():
+        raise _other_encoder(artifact, searcher.table.encoder, searcher.table.encoder_digest, source)
+    return _Member(searcher, source, collection, access)
 
 
-def _read_chunks(directory: Path) -> pa.Table:
-    return _read_table(directory / "chunks", Chunk.schema())
+def _source_of(artifact: Artifact, encoder: EncoderConfig) -> EncoderSource:
+    """The encoder that embedded the index: the tuned one among its parents, or else the recipe's.
+
+    Raises:
+        ArtifactError: the tuned one was tuned from another model than the recipe's.
+    """
+    from cluster.manifest import ArtifactRef
+
+    parent = artifact.manifest.parents.get("encoder")
+    if parent is None:
+        return EncoderSource(encoder)
+    tuned = artifact.store.open_ref(ArtifactRef.parse(parent))
+    base = tuned.manifest.inputs.get(BASE_INPUT, "")
+    if base != encoder_digest(encoder):
+        raise _other_encoder(artifact, f"{parent}, tuned from another model", base, EncoderSource(encoder))
+    return EncoderSource.of_artifact(encoder, tuned)
 
 
-def _read_table(folder: Path, schema: pa.Schema) -> pa.Table:
-    """The parts of `folder` in row order, without the columns that `schema` does not have (embeddings)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parts = [pq.read_table(part, columns=schema.names) for part in sorted(folder.glob("part-*.parquet"))]
-    return pa.concat_tables(parts).combine_chunks() if parts else schema.empty_table()
+def _other_encoder(artifact: Artifact, name: str, digest: str, offered: EncoderSource) -> ArtifactError:
+    return ArtifactError(
+        f"{artifact.ref} was built with the encoder {name} ({digest[:12]}), the recipe's encoder.model is "
+        f"{offered.config.model} ({offered.digest()[:12]}): run `rayft index build RECIPE`, or set encoder.model back"
+    )
