@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ from cluster.manifest import ArtifactRef
 from cluster.progress import say
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
+from retrieval.build_job import BaseVersion, BuildJob, MakeEncoder, Merge
 from retrieval.config import RetrievalRecipe
 from retrieval.documents import CorpusScan, corpus_digest, scan_corpus
-from retrieval.embedding import BaseVersion, BuildJob, LexicalShard, MakeEncoder, Merge
 from retrieval.encoder import (
     BASE_INPUT,
     Encoder,
@@ -47,6 +48,7 @@ from retrieval.pipeline import (
     write_shards,
 )
 from retrieval.rowplan import RowPlan
+from retrieval.shard_files import LexicalShard
 from retrieval.shards import (
     INDEX_FORMAT,
     REJECTED_FILE,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from cluster.store import Artifact, Attempt, Store
 
 SPECIAL_TOKENS = 2
+SMALL_UPDATE_BYTES = 16 * 1024 * 1024
 CORPUS_INPUT = "corpus.path"
 REMOVED_INPUT = "removed documents"
 
@@ -222,8 +225,7 @@ def build_into(
     mode = _choose_mode(recipe, share, base)
     if base is not None and base.mode != mode:
         base = dataclasses.replace(base, merge="reuse")
-    # A corpus of one block gives workers nothing to share, and starting Ray takes longer than the work itself.
-    alone = len(scan.blocks) == 1 and recipe.ray.address is None and not recipe.encoder.gpus_per_actor
+    alone = _may_run_alone(recipe, scan, base)
     with contextlib.nullcontext() if alone else ray_session(recipe.ray):
         workers: Workers = Alone() if alone else OnRay.of(recipe)
         job = _job(recipe, store, attempt, mode, source, base, workers)
@@ -245,6 +247,14 @@ def build_into(
     _tell(attempt, built)
     counts = index_counts(built.plan, built.read.removed)
     return Outcome({**counts, "unknown_share": round(share, 4)}, {**describe_index(index), **seconds})
+
+
+def _may_run_alone(recipe: RetrievalRecipe, scan: CorpusScan, base: BaseVersion | None) -> bool:
+    """A corpus of one block gives workers nothing to share, and starting Ray takes longer than the work itself; so does
+    reading a small corpus again for an update."""
+    small_update = base is not None and base.merge != "reuse" and scan.bytes <= SMALL_UPDATE_BYTES
+    here = recipe.ray.address is None and "RAY_ADDRESS" not in os.environ and not recipe.encoder.gpus_per_actor
+    return here and recipe.encoder.actors == 1 and (len(scan.blocks) == 1 or small_update)
 
 
 def _choose_mode(recipe: RetrievalRecipe, share: float, base: BaseVersion | None) -> Mode:

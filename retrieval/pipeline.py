@@ -5,7 +5,7 @@
     C  embed            `embed_corpus`   actor pool over blocks             (Ray Data)
     D  write shards     `write_shards`   one task per shard, then `write_lexical`
 
-In: a `BuildJob` (see `embedding.py`) and a scanned corpus. Out: files under `job.uri`, and counts: the driver sends
+In: a `BuildJob` (see `build_job.py`) and a scanned corpus. Out: files under `job.uri`, and counts: the driver sends
 places of blocks and receives numbers, so its memory does not grow with the corpus. Finished parts of A and C stand in
 `job.parts` and are not made again by the next run of the same job.
 
@@ -29,27 +29,28 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.errors import UserError
 from cluster.progress import track
+from retrieval.build_job import BuildJob
 from retrieval.config import RetrievalRecipe
 from retrieval.documents import CorpusBlock, CorpusScan
 from retrieval.embedding import (
     BASE_KEYS,
     READ,
-    BuildJob,
     EmbedParts,
-    LexicalShard,
-    build_lexical,
-    build_shard,
     read_part,
     write_base_keys,
 )
 from retrieval.encoder import EncoderSource, Precision, resolve_precision
 from retrieval.rowplan import RowPlan, plan_rows
+from retrieval.shard_files import LexicalShard, build_lexical, build_shard
 from retrieval.shards import LexicalEntry, ShardEntry
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
+FEW_TEXTS = 256
+"""Texts up to which a local build without GPUs embeds in this process: starting an actor that loads torch and the model
+takes 7 s on two cores, embedding so many 3 s."""
 LEXICAL_PART_ROWS = 2_000_000
 """Live rows up to which one BM25 index covers all shards; above, each shard has its own statistics."""
 
@@ -66,8 +67,8 @@ class Workers(Protocol):
     def read(self, job: BuildJob, blocks: Sequence[CorpusBlock]) -> Iterator[dict[str, Any]]:
         """`read_part` of each block, in any order."""
 
-    def embed(self, job: BuildJob, ordinals: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """`EmbedParts.embed` of each block, in any order."""
+    def embed(self, job: BuildJob, blocks: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """`EmbedParts.embed` of each (block, its texts), in any order."""
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """One call, on a worker."""
@@ -91,9 +92,9 @@ class Alone:
         """See `Workers`."""
         return (read_part(job, block) for block in blocks)
 
-    def embed(self, job: BuildJob, ordinals: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def embed(self, job: BuildJob, blocks: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """See `Workers`."""
-        return map(EmbedParts(job, "cpu", None).embed, ordinals)
+        return map(EmbedParts(job, "cpu", None).embed, (ordinal for ordinal, _ in blocks))
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """See `Workers`."""
@@ -125,6 +126,8 @@ class OnRay:
     actors: int
     gpus_per_actor: float
     actor_threads: int
+    local: bool
+    """Whether Ray runs on this machine only."""
 
     @classmethod
     def of(cls, recipe: RetrievalRecipe) -> OnRay:
@@ -152,6 +155,7 @@ class OnRay:
             actors=actors,
             gpus_per_actor=gpus,
             actor_threads=max(1, len(os.sched_getaffinity(0)) // actors),
+            local=recipe.ray.address is None and len(ray.nodes()) == 1,
         )
 
     def read(self, job: BuildJob, blocks: Sequence[CorpusBlock]) -> Iterator[dict[str, Any]]:
@@ -162,18 +166,20 @@ class OnRay:
         ).iter_rows()
         return rows
 
-    def embed(self, job: BuildJob, ordinals: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def embed(self, job: BuildJob, blocks: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """See `Workers`."""
+        if self.local and not self.gpus_per_actor and sum(texts for _, texts in blocks) <= FEW_TEXTS:
+            return Alone().embed(job, blocks)
         import ray.data
 
         device = "cuda" if self.gpus_per_actor else "cpu"
         rows: Iterator[dict[str, Any]] = (
-            _dataset([{"ordinal": ordinal} for ordinal in ordinals])
+            _dataset([{"ordinal": ordinal} for ordinal, _ in blocks])
             .map_batches(
                 _EmbedBatch,
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=min(self.actors, len(ordinals))),
+                compute=ray.data.ActorPoolStrategy(size=min(self.actors, len(blocks))),
                 num_cpus=self.actor_cpus,
                 num_gpus=self.gpus_per_actor or None,
                 fn_constructor_kwargs={"job": job, "device": device, "threads": self.actor_threads},
@@ -289,7 +295,7 @@ def embed_corpus(job: BuildJob, plan: RowPlan, workers: Workers) -> dict[str, fl
     texts, seconds = 0, 0.0
     sizes = dict(plan.embed)
     with track("index: embed", plan.embedded, "texts") as bar:
-        for row in workers.embed(job, list(sizes)):
+        for row in workers.embed(job, plan.embed):
             texts += row["texts"]
             seconds += row["seconds"]
             bar.advance(sizes[row["ordinal"]])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retrieval.build_job import BuildJob
 from retrieval.chunking import embedding_text
 from retrieval.documents import Rejection, join_path, open_filesystem, repeated_id
 from retrieval.embedding import (
@@ -22,16 +23,13 @@ from retrieval.embedding import (
     IDS,
     PLAN,
     REJECTED,
-    BuildJob,
     KeySet,
-    Piece,
     document_key,
-    embedded_here,
-    embedded_in_base,
     id_key,
 )
 from retrieval.parts import Parts, part_name
 from retrieval.records import Document
+from retrieval.shard_files import Piece, embedded_here, embedded_in_base
 from retrieval.shards import REJECTED_FILE, TOMBSTONES_FOLDER, ShardEntry, ShardReader
 
 if TYPE_CHECKING:
