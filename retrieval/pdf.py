@@ -2,8 +2,8 @@
 
 In: a PDF's bytes. Out: Markdown. Lines of one block of text become one paragraph, words cut by a hyphen at a line's end
 are joined, a paragraph goes on over a page break where its sentence does, and lines that stand at the top or bottom of
-most pages (running heads, page numbers) are left out. It reads text as pdfminer.six lays it out, because a converter
-that looks for tables took justified two-column prose for tables (measured on a 17-page article).
+most pages (page numbers, repeated running heads) are left out. It reads text as pdfminer.six lays it out: a converter
+that looks for tables took justified prose in two columns for tables.
 Not covered: tables (their cells come out as text), and scanned pages (there is no text in them).
 """
 
@@ -107,21 +107,31 @@ def _is_heading(block: _Block, body: float) -> bool:
 
 
 def _drop_running_heads(pages: list[list[_Block]]) -> None:
-    """Take off first and last lines that, but for digits, stand there on more than half of the pages."""
+    """Take off the first and last two lines of pages that stand there on more than half of them: word for word (the
+    first of them is kept), or but for one number that counts the pages."""
     if len(pages) < PAGES_FOR_RUNNING_HEADS:
         return
     for end in (0, -1):
         for _ in range(2):
-            shown = Counter(_without_digits(page[end].lines[end]) for page in pages if page)
-            for page in pages:
-                if page and shown[_without_digits(page[end].lines[end])] * 2 > len(pages):
-                    del page[end].lines[end]
-                    if not page[end].lines:
-                        del page[end]
+            forms = [_running_forms(page[end].lines[end], at) if page else [] for at, page in enumerate(pages)]
+            shown = Counter(form for some in forms for form in some)
+            kept: set[str] = set()
+            for page, some in zip(pages, forms, strict=True):
+                repeated = next((form for form in some if shown[form] * 2 > len(pages)), None)
+                if repeated is None:
+                    continue
+                if repeated == some[0] and repeated not in kept:
+                    kept.add(repeated)
+                    continue
+                del page[end].lines[end]
+                if not page[end].lines:
+                    del page[end]
 
 
-def _without_digits(line: str) -> str:
-    return re.sub(r"\d+", "0", line)
+def _running_forms(line: str, page: int) -> list[str]:
+    """The line, and the line with each of its numbers in turn given as its distance from the page's place."""
+    numbers = list(re.finditer(r"\d{1,6}", line))[:8]
+    return [line, *(f"{line[: n.start()]}\0{int(n[0]) - page}\0{line[n.end() :]}" for n in numbers)]
 
 
 def _goes_on(before: str, after: str) -> bool:
