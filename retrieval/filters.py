@@ -363,4 +363,6 @@ def _shown(value: Any) -> str:
     """A short name of what was found; a filter may hold personal data, so long values are not repeated."""
     if isinstance(value, str):
         return repr(_one_line(value[:40]))
-    return "null" if value is None else f"{type(value).__name__}" if not isinstance(value, int | float) else repr(value)
+    if isinstance(value, int) and value not in INT64:
+        return "a number that is too large"
+    return "null" if value is None else repr(value) if isinstance(value, int | float) else type(value).__name__
