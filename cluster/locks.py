@@ -6,8 +6,10 @@ without `flock`, and object stores (there, age decides: see `gc.py`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,6 +29,22 @@ def release(path: Path, handle: int, *, remove: bool) -> None:
     if remove:
         path.unlink(missing_ok=True)
     os.close(handle)
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Wait for the lock at `path`, hold it, and remove the lock file at the end."""
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+        os.close(handle)  # who held it before has removed the file: this lock guards nothing any more
+    try:
+        yield
+    finally:
+        release(path, handle, remove=True)
 
 
 def is_held(path: Path) -> bool:

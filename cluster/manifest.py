@@ -119,6 +119,8 @@ class Manifest(Section):
     files: tuple[FileEntry, ...]
     part_bytes: int = pydantic.Field(default=PART_BYTES, ge=1)
     """Bytes covered by one sha256."""
+    purged: tuple[str, ...] = ()
+    """sha256 of the ids of documents whose text was purged from the files after this version was published."""
     manifest_format: int = MANIFEST_FORMAT
 
     @property

@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from cluster.errors import ArtifactError, UserError
@@ -56,11 +57,20 @@ class Outcome:
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def run_stage(store: Store, plan: Plan, build: Callable[[Attempt], Outcome]) -> Artifact:
+def run_stage(
+    store: Store, plan: Plan, build: Callable[[Attempt], Outcome], *, expected: str | EllipsisType | None = ...
+) -> Artifact:
     """The artifact of `plan`: the one that exists, or a new one from `build`, made current.
 
+    Args:
+        store: Where.
+        plan: What.
+        build: Writes the files.
+        expected: The version that must still be current at the end (none: no version); by default any may be.
+
     Raises:
-        ArtifactError: a parent is missing, or the existing artifact's manifest is damaged.
+        ArtifactError: a parent is missing, the existing artifact's manifest is damaged, or another version than
+            `expected` is current at the end.
         UserError: the store cannot be written (naming `store.uri`).
     """
     ref = plan.ref
@@ -69,7 +79,7 @@ def run_stage(store: Store, plan: Plan, build: Callable[[Attempt], Outcome]) -> 
         again = "" if store.current(ref.kind, ref.name) == ref.version else "; made current again"
         say(f"{ref.kind}: up to date ({ref}): {_sameness(plan)}{again}")
         if again:
-            store.set_current(ref)
+            store.set_current(ref, expected=expected)
         return artifact
     for role, parent in plan.parents.items():
         if not store.exists(parent):
@@ -83,7 +93,7 @@ def run_stage(store: Store, plan: Plan, build: Callable[[Attempt], Outcome]) -> 
         measured = {**outcome.measured, "stage_seconds": round(seconds, 3)}
         artifact = attempt.publish(plan, outcome.counts, measured)
         won = artifact.manifest.attempt == attempt.id
-    store.set_current(ref)
+    store.set_current(ref, expected=expected)
     told = "published" if won else "another builder of the same version was first; taking"
     say(f"{ref.kind}: {told} {artifact.uri} ({describe_seconds(seconds)})")
     return artifact

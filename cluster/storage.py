@@ -1,8 +1,9 @@
 """Files of a store, on a local disk or an object store, behind the few operations that publishing needs.
 
 In: keys (relative POSIX paths) and bytes. Out: the same semantics on both: `create` lets exactly one of two racing
-writers win, `replace` swaps a small file atomically. A local disk does it with link-if-absent and rename, an object
-store with conditional puts through obstore (pyarrow has none).
+writers win, `replace` swaps a small file atomically, `replace_if` only while it holds what the caller read. A local
+disk does it with link-if-absent, rename and a lock, an object store with conditional puts through obstore (pyarrow has
+none).
 Not covered: what an artifact is (`store.py`); workers write artifact files themselves through pyarrow.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shutil
 import uuid
@@ -17,9 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from cluster import locks
 from cluster.errors import UserError
 
 OBJECT_SCHEMES = ("s3://", "gs://")
+SERVER_COPY_BYTES = 5_000_000_000
+"""Largest object that S3 copies in one request (5 GiB)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,16 @@ class Storage(Protocol):
     def replace(self, key: str, data: bytes) -> None:
         """Write durably and atomically over what may be there."""
 
+    def replace_if(self, key: str, data: bytes, expected: bytes | None) -> bool:
+        """Compare and swap: `replace`, but only while the file holds `expected` (none: is absent); whether it did."""
+
+    def copy(self, source: str, target: str) -> None:
+        """The same file under a second key, without passing through this process where the medium allows it.
+
+        Raises:
+            FileNotFoundError: there is no `source`.
+        """
+
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly under `prefix`, sorted."""
 
@@ -68,6 +83,14 @@ def fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system says that has no hard links, or no more of them."""
+
+
+def _swap_lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.swap.lock")
 
 
 class LocalStorage:
@@ -113,6 +136,25 @@ class LocalStorage:
     def replace(self, key: str, data: bytes) -> None:
         """Rename of a finished temporary file."""
         path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locks.hold(_swap_lock(path)):
+            self._swap(path, data)
+
+    def replace_if(self, key: str, data: bytes, expected: bytes | None) -> bool:
+        """Compare and rename under a lock that every other replacement takes too."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locks.hold(_swap_lock(path)):
+            try:
+                found = path.read_bytes()
+            except FileNotFoundError:
+                found = None
+            if found != expected:
+                return False
+            self._swap(path, data)
+            return True
+
+    def _swap(self, path: Path, data: bytes) -> None:
         beside = self._write_beside(path, data)
         try:
             beside.replace(path)
@@ -120,6 +162,18 @@ class LocalStorage:
             beside.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
+
+    def copy(self, source: str, target: str) -> None:
+        """A hard link: files of a store never change. Where the file system refuses one (too many links, another
+        disk mounted below), a copy."""
+        origin, path = self._path(source), self._path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(origin, path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            shutil.copyfile(origin, path)
 
     def folders(self, prefix: str) -> list[str]:
         """Names of real directories; links are not followed."""
@@ -187,6 +241,32 @@ class ObjectStorage:
         import obstore
 
         obstore.put(self.objects, key, data)
+
+    def replace_if(self, key: str, data: bytes, expected: bytes | None) -> bool:
+        """A put that the service refuses unless the object is still the one that was compared."""
+        import obstore
+        from obstore.exceptions import NotFoundError, PreconditionError
+
+        if expected is None:
+            return self.create(key, data)
+        try:
+            found = obstore.get(self.objects, key)
+            seen = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
+            if bytes(found.bytes()) != expected:
+                return False
+            obstore.put(self.objects, key, data, mode=seen)
+        except (FileNotFoundError, NotFoundError, PreconditionError):
+            return False
+        return True
+
+    def copy(self, source: str, target: str) -> None:
+        """A copy by the service; an object too large for one such request passes through this machine in blocks."""
+        import obstore
+
+        if obstore.head(self.objects, source)["size"] <= SERVER_COPY_BYTES:
+            obstore.copy(self.objects, source, target)
+        else:
+            obstore.put(self.objects, target, self.stream(source))
 
     def folders(self, prefix: str) -> list[str]:
         """Common prefixes one level below."""

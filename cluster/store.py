@@ -15,8 +15,9 @@ import hashlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from cluster import locks
@@ -145,12 +146,32 @@ class Store:
             )
         return text
 
-    def set_current(self, ref: ArtifactRef) -> None:
-        """Point `current` at a published version, atomically."""
+    def set_current(self, ref: ArtifactRef, *, expected: str | EllipsisType | None = ...) -> None:
+        """Point `current` at a published version, atomically.
+
+        Args:
+            ref: The version.
+            expected: Compare and swap: the version that must be current now (none: there is no current version). By
+                default whatever is current is replaced.
+
+        Raises:
+            ArtifactError: `ref` is not published, or another version than `expected` is current.
+        """
         if not self.exists(ref):
             raise ArtifactError(f"{ref} cannot become current: it is not published in {self.uri}")
+        key, data = f"{ref.kind}/{ref.name}/{CURRENT}", f"{ref.version}\n".encode()
         with self.blames_uri():
-            self.storage.replace(f"{ref.kind}/{ref.name}/{CURRENT}", f"{ref.version}\n".encode())
+            if expected is ...:
+                self.storage.replace(key, data)
+                return
+            before = None if expected is None else f"{expected}\n".encode()
+            swapped = self.storage.replace_if(key, data, before)
+        if not swapped:
+            raise ArtifactError(
+                f"{ref.kind}/{ref.name}: {self.current(ref.kind, ref.name) or 'no version'} became current while "
+                f"{ref.version} was built upon {expected or 'none'}, so {ref.version} did not; nothing is lost: run "
+                "the same command again"
+            )
 
     def versions(self, kind: str, name: str) -> list[str]:
         """Published versions, sorted by text (not by age)."""
@@ -198,6 +219,7 @@ class Attempt:
         self.ref = ref
         self.id = uuid.uuid4().hex[:12]
         self._published = False
+        self._adopted: dict[str, FileEntry] = {}
         self._lock: int | None = None
         with store.blames_uri():
             if isinstance(store.storage, LocalStorage):
@@ -215,6 +237,30 @@ class Attempt:
     def uri(self) -> str:
         """Where any worker may write with pyarrow; the same place as `directory` in a local store."""
         return f"{self.store.uri}/{self.ref}/{self.id}"
+
+    def adopt(self, artifact: Artifact, names: Mapping[str, str]) -> None:
+        """Take files of a published artifact of the same store into this attempt, unread and unchanged.
+
+        A local store links them (it copies across file systems), an object store copies them on its side. Their sizes
+        and digests are those of the artifact's manifest, so a damaged file stays damaged and readers refuse it.
+
+        Args:
+            artifact: Where the files are.
+            names: Name there to name here.
+
+        Raises:
+            ArtifactError: the artifact has no such file, or it is missing.
+        """
+        assert artifact.store.uri == self.store.uri, f"{artifact.uri} is in another store than {self.uri}"
+        known = {entry.path: entry for entry in artifact.manifest.files}
+        for name, here in names.items():
+            if name not in known:
+                raise ArtifactError(f"{artifact.ref} has no file {name!r}; run `{describe_command(artifact.ref.kind)}`")
+            source = f"{artifact.ref}/{artifact.manifest.attempt}/{name}"
+            with self.store.blames_uri(), _blames_missing(f"{artifact.uri}/{name}", artifact.ref):
+                self.store.storage.copy(source, f"{self.ref}/{self.id}/{here}")
+            if artifact.manifest.part_bytes == PART_BYTES:
+                self._adopted[here] = FileEntry(path=here, size=known[name].size, sha256=known[name].sha256)
 
     def publish(
         self,
@@ -251,6 +297,45 @@ class Attempt:
             release_work_directory(self.store._work_root(self.ref), remove=True)
         return artifact
 
+    def publish_purged(
+        self, artifact: Artifact, purged: Sequence[str], counts: Mapping[str, Any], measured: Mapping[str, Any]
+    ) -> Artifact:
+        """Publish these files in place of those of `artifact`, the same version; the exception to "never rewritten".
+
+        Readers find the old files or the new ones, never a mixture. The old files, and this machine's cached copy of
+        them, are deleted; a reader that has them open must open the version again.
+
+        Args:
+            artifact: What holds text that has to go.
+            purged: For the manifest, beside those it has: sha256 of the ids of the documents that these files lack.
+            counts: Those of the manifest that changed.
+            measured: Those of the manifest that changed.
+
+        Raises:
+            ArtifactError: somebody else replaced the files meanwhile.
+        """
+        assert artifact.ref == self.ref, f"{artifact.ref} cannot be replaced by files of {self.ref}"
+        old = artifact.manifest
+        key = f"{self.ref}/{MANIFEST}"
+        with self.store.blames_uri():
+            changes = {
+                "attempt": self.id,
+                "files": tuple(self._seal()),
+                "part_bytes": PART_BYTES,
+                "counts": {**old.counts, **plain(counts)},
+                "measured": {**old.measured, **plain(measured)},
+                "purged": tuple(sorted({*old.purged, *purged})),
+            }
+            data = self.store.storage.read(key)
+            same = hashlib.sha256(data).hexdigest() == artifact.manifest_sha256
+            new = render_manifest(old.model_copy(update=changes))
+            self._published = same and self.store.storage.replace_if(key, new, data)
+            if not self._published:
+                raise ArtifactError(f"{self.ref}: its files were replaced meanwhile; run the same command again")
+            self.store.storage.delete(f"{self.ref}/{old.attempt}")
+        shutil.rmtree(artifact.cached_copy(), ignore_errors=True)
+        return self.store.open_ref(self.ref)
+
     def _seal(self) -> Iterator[FileEntry]:
         """Make every file durable where readers will look, and describe it."""
         entries = {}
@@ -258,6 +343,9 @@ class Attempt:
             path = self.directory / file.path
             if path.is_symlink() or not path.is_file():
                 raise AssertionError(f"{self.ref}: {file.path} is a link or no plain file")
+            if file.path in self._adopted:
+                entries[file.path] = self._adopted[file.path]
+                continue
             entries[file.path] = FileEntry(path=file.path, size=file.size, sha256=digest_parts(path, PART_BYTES))
         storage = self.store.storage
         if isinstance(storage, LocalStorage):
@@ -268,8 +356,8 @@ class Attempt:
         for name in entries:
             storage.upload(f"{self.ref}/{self.id}/{name}", self.directory / name)
         for file in storage.files(f"{self.ref}/{self.id}"):
-            written_here = entries.get(file.path)
-            yield written_here or _describe_remote(storage, f"{self.ref}/{self.id}/{file.path}", file.path, file.size)
+            described = entries.get(file.path) or self._adopted.get(file.path)
+            yield described or _describe_remote(storage, f"{self.ref}/{self.id}/{file.path}", file.path, file.size)
 
     def _discard_unpublished(self) -> None:
         if not self._published:
@@ -279,6 +367,14 @@ class Attempt:
             locks.release(lock_of(self.directory), self._lock, remove=True)
         if not self.store.is_local:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _blames_missing(shown: str, ref: ArtifactRef) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ArtifactError(f"{shown}: missing; remove {ref} and build it again") from None
 
 
 def _flush_tree(directory: Path) -> None:
@@ -340,9 +436,13 @@ class Artifact:
             )
         return self.directory() / name
 
+    def cached_copy(self) -> Path:
+        """Where this machine keeps its copy of an artifact of an object store, if it has one."""
+        return cache_directory() / "artifacts" / self.manifest_sha256
+
     def _local_copy(self, storage: ObjectStorage) -> Path:
-        copies = cache_directory() / "artifacts"
-        copy = copies / self.manifest_sha256
+        copy = self.cached_copy()
+        copies = copy.parent
         if copy.is_dir():
             try:
                 verify(copy, self.manifest, str(copy), self.store.uri)

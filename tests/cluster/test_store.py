@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -283,3 +284,130 @@ def test_create_and_replace(medium, tmp_path):
 def test_a_reference_cannot_leave_the_store():
     with pytest.raises(ArtifactError):
         ArtifactRef("..", "x", "0" * 16)
+
+
+def test_replace_if_swaps_only_what_the_caller_read(any_store):
+    storage = any_store.storage
+    assert not storage.replace_if("a/b", b"1", b"0")
+    assert storage.replace_if("a/b", b"1", None)
+    assert not storage.replace_if("a/b", b"2", None)
+    assert not storage.replace_if("a/b", b"2", b"0")
+    assert storage.read("a/b") == b"1"
+    assert storage.replace_if("a/b", b"2", b"1")
+    assert storage.read("a/b") == b"2"
+    assert [file.path for file in storage.files("a")] == ["b"]
+
+
+def count_in_process(uri: str, rounds: int) -> None:
+    storage = Store(uri).storage
+    for _ in range(rounds):
+        while True:
+            found = storage.read("n")
+            if storage.replace_if("n", str(int(found) + 1).encode(), found):
+                break
+
+
+def test_replace_if_loses_no_change_of_racing_processes(store):
+    store.storage.replace("n", b"0")
+    fork = multiprocessing.get_context("fork")
+    racers = [fork.Process(target=count_in_process, args=(store.uri, 25)) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+        assert racer.exitcode == 0
+    assert store.storage.read("n") == b"100"
+
+
+def test_set_current_with_expected_refuses_what_another_published_meanwhile(any_store):
+    first, second = build(any_store, 1).ref, build(any_store, 2).ref
+    with pytest.raises(ArtifactError, match=rf"{second.version} became current while .* run the same command again"):
+        any_store.set_current(first, expected=first.version)
+    with pytest.raises(ArtifactError, match="became current"):
+        any_store.set_current(first, expected=None)
+    assert any_store.current("index", "x") == second.version
+    any_store.set_current(first, expected=second.version)
+    assert any_store.current("index", "x") == first.version
+
+
+def test_adopted_files_are_those_of_the_parent_and_outlive_it(any_store, monkeypatch):
+    parent = build(any_store, 1)
+    digested = []
+    original = manifest_module.digest_parts
+    monkeypatch.setattr(
+        "cluster.store.digest_parts", lambda path, part: digested.append(path.name) or original(path, part)
+    )
+    with any_store.attempt(plan(2).ref) as attempt:
+        (attempt.directory / "new").write_bytes(b"new")
+        attempt.adopt(parent, {"data.bin": "old/data.bin", "deep/inner.txt": "deep/inner.txt"})
+        artifact = attempt.publish(plan(2))
+    assert digested == ["new"]
+    parent_digest = next(entry.sha256 for entry in parent.manifest.files if entry.path == "data.bin")
+    assert next(entry.sha256 for entry in artifact.manifest.files if entry.path == "old/data.bin") == parent_digest
+    any_store.storage.delete(str(parent.ref))
+    expected = expected_content(1)
+    assert content_of(any_store.open_ref(artifact.ref)) == {
+        "new": b"new",
+        "old/data.bin": expected["data.bin"],
+        "deep/inner.txt": expected["deep/inner.txt"],
+    }
+
+
+def test_adopting_links_on_a_local_disk_and_copies_where_it_cannot(store, monkeypatch):
+    parent = build(store, 1)
+    source = parent.path("data.bin")
+    with store.attempt(plan(2).ref) as attempt:
+        attempt.adopt(parent, {"data.bin": "linked"})
+        assert (attempt.directory / "linked").stat().st_ino == source.stat().st_ino
+
+        def refuse(*_args, **_options):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", refuse)
+            attempt.adopt(parent, {"data.bin": "copied"})
+        assert (attempt.directory / "copied").stat().st_ino != source.stat().st_ino
+        artifact = attempt.publish(plan(2))
+    assert content_of(artifact) == dict.fromkeys(("linked", "copied"), source.read_bytes())
+
+
+def test_adopting_what_is_missing_or_damaged_is_refused(any_store):
+    parent = build(any_store, 1)
+    with any_store.attempt(plan(2).ref) as attempt:
+        with pytest.raises(ArtifactError, match="has no file 'nothing'"):
+            attempt.adopt(parent, {"nothing": "here"})
+        key = f"{parent.ref}/{parent.manifest.attempt}/data.bin"
+        whole = any_store.storage.read(key)
+        any_store.storage.replace(key, whole[:-1] + b"?")
+        attempt.adopt(parent, {"data.bin": "data.bin"})
+        artifact = attempt.publish(plan(2))
+        with pytest.raises(ArtifactError, match=r"data\.bin: damaged"):
+            artifact.directory()
+    any_store.storage.delete(key)
+    with any_store.attempt(plan(3).ref) as attempt, pytest.raises(ArtifactError, match=r"data\.bin: missing"):
+        attempt.adopt(parent, {"data.bin": "data.bin"})
+
+
+def test_publish_purged_replaces_the_files_of_a_version_and_says_so(any_store):
+    old = build(any_store, 1)
+    stays = old.manifest.created_at
+    old.directory()
+    with any_store.attempt(old.ref) as attempt:
+        (attempt.directory / "rest").write_bytes(b"rest")
+        attempt.adopt(old, {"empty": "empty"})
+        new = attempt.publish_purged(old, ["ab" * 32], {"files": 2}, {})
+    assert content_of(any_store.open("index", "x")) == {"rest": b"rest", "empty": b""}
+    assert new.manifest.purged == ("ab" * 32,)
+    assert (new.manifest.counts, new.manifest.measured["number"], new.manifest.created_at) == ({"files": 2}, 1, stays)
+    assert any_store.storage.folders(str(old.ref)) == [attempt.id]
+    assert not old.cached_copy().exists()
+    with pytest.raises(ArtifactError):
+        old.directory()
+    with any_store.attempt(old.ref) as late:
+        (late.directory / "rest").write_bytes(b"late")
+        with pytest.raises(ArtifactError, match="replaced meanwhile; run the same command again"):
+            late.publish_purged(old, ["cd" * 32], {}, {})
+    assert content_of(any_store.open("index", "x")) == {"rest": b"rest", "empty": b""}
+    with any_store.attempt(new.ref) as again:
+        again.adopt(new, {"rest": "rest"})
+        assert again.publish_purged(new, ["cd" * 32], {}, {}).manifest.purged == ("ab" * 32, "cd" * 32)
