@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def read_guarded(file: Path, kind: str, rows: int, dimension: int) -> Any:
     mark = _mark(expected)
     if not mark.is_file():
         (reason,) = check_files([expected])
+        if reason.startswith(str(file)):
+            raise ArtifactError(reason)
         if reason:
             raise ArtifactError(f"{file} is not a FAISS index that can be used ({reason}): rebuild the index")
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,10 @@ def read_limited(expected: ExpectedIndex) -> Any:
     from retrieval.faiss_checks import CLASSES
 
     size = expected.file.stat().st_size
-    faiss.set_deserialization_vector_byte_limit(size)
+    # FAISS checks the table that an L2 search over ivf_pq would compute against the same limit, for inner products too:
+    # lists · codes · 256 floats, 196 MB for 1,000,000 × 384, three times the file.
+    table = 4 * (4 * math.isqrt(expected.rows) + 4) * max(1, expected.dimension // 8) * 256
+    faiss.set_deserialization_vector_byte_limit(max(size, table) if expected.kind == "ivf_pq" else size)
     faiss.set_deserialization_loop_limit(max(size, 1024))
     try:
         index = faiss.read_index(str(expected.file))
