@@ -1,5 +1,5 @@
 import itertools
-from pathlib import Path
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -227,6 +227,69 @@ def test_chunk_document_title_longer_than_the_limit_leaves_half_for_the_text() -
     document = Document("d", "very " * 50, " ".join(["word"] * 40))
     chunks = chunk_document(document, TOKENIZER, ChunkingConfig(max_tokens=16))
     assert [len(chunk.text.split()) for chunk in chunks] == [8] * 5
+    assert {chunk.title for chunk in chunks} == {"very very very very very very very…"}
+
+
+def test_chunk_document_long_heading_path_loses_its_top_first() -> None:
+    text = "## One two three four\n\n### Five six\n\n#### Seven\n\n" + "word " * 40
+    chunks = chunk_document(Document("d", "Title", text), TOKENIZER, ChunkingConfig(max_tokens=16))
+    # Of 16 tokens the header may take 8: Title, |, Five, six, >, Seven are 6; with "One two three four >" it has 11.
+    assert {(chunk.title, chunk.heading) for chunk in chunks} == {("Title", "Five six > Seven")}
+    assert [len(chunk.text.split()) for chunk in chunks] == [10] * 4
+
+
+def test_chunk_document_small_table_and_fence_stay_whole() -> None:
+    table = "| Country | Area |\n| --- | --- |\n| Austria | 83 |\n| Chile | 756 |"
+    fence = "```\nfirst line\n\n## no heading\n\nlast line\n```"
+    text = "\n\n".join(["word " * 20, table, "word " * 20, fence, "word " * 20])
+    chunks = chunk_document(Document("d", "", text), TOKENIZER, ChunkingConfig(max_tokens=40))
+    assert sum(table in chunk.text for chunk in chunks) == 1
+    assert sum(fence in chunk.text for chunk in chunks) == 1
+
+
+def test_chunk_document_divided_table_pieces_are_whole_rows_headed_by_the_columns() -> None:
+    rows = [f"| place{n} | {n} |" for n in range(30)]
+    table = "\n".join(["| Country | Area in km² |", "|---|---:|", *rows])
+    text = f"## Areas\n\nBefore the table.\n\n{table}\n\nAfter the table."
+    chunks = chunk_document(Document("d", "", text), TOKENIZER, ChunkingConfig(max_tokens=40))
+    inside = [chunk for chunk in chunks if "place" in chunk.text]
+    assert {chunk.heading for chunk in inside} == {"Areas > Country | Area in km²"}
+    assert [line for chunk in inside for line in chunk.text.splitlines() if "place" in line] == rows
+    assert [(chunk.heading, chunk.text) for chunk in chunks if chunk not in inside] == [
+        ("Areas", "Before the table."),
+        ("Areas", "After the table."),
+    ]
+
+
+def test_chunk_document_chinese_is_cut_at_the_ends_of_sentences() -> None:
+    text = "".join(f"这是第{number}个国家的首都。它的面积很大！人口多吗？" for number in "一二三四五六七八九")
+    chunks = chunk_document(Document("d", "", text), TOKENIZER, ChunkingConfig(max_tokens=30))
+    assert len(chunks) > 5
+    assert {chunk.text[-1] for chunk in chunks} <= set("。！？")
+
+
+def test_chunk_document_word_that_the_tokenizer_calls_one_token_is_cut_by_characters() -> None:
+    blob = "QUJD" * 2000
+    chunks = chunk_document(Document("d", "", f"before {blob} after"), TOKENIZER, ChunkingConfig(max_tokens=16))
+    assert max(len(chunk.text) for chunk in chunks) == 256
+    assert "".join(chunk.text for chunk in chunks).replace(" ", "") == f"before{blob}after"
+
+
+def test_chunk_document_long_section_is_cut_at_blank_lines_between_segments() -> None:
+    paragraph = "word " * 12
+    text = "\n\n".join([paragraph.strip()] * 4000)
+    chunks = chunk_document(Document("d", "", text), TOKENIZER, ChunkingConfig(max_tokens=16))
+    assert len(text) > 3 * 65_536
+    assert [chunk.text for chunk in chunks] == [paragraph.strip()] * 4000
+
+
+@pytest.mark.parametrize(
+    "line", ["# a" + " \t" * 40_000 + "b", "| a" * 40_000, "|" + " " * 40_000 + "\n|-", "`" * 80_000]
+)
+def test_chunk_document_hostile_line_takes_linear_time(line: str) -> None:
+    began = time.perf_counter()
+    chunk_document(Document("d", "", f"{line}\n" * 3), TOKENIZER, ChunkingConfig(max_tokens=60))
+    assert time.perf_counter() - began < 10  # a pattern that backtracks takes minutes
 
 
 def test_chunker_truncating_tokenizer_counts_whole_texts_and_is_left_as_it_was() -> None:
@@ -236,8 +299,9 @@ def test_chunker_truncating_tokenizer_counts_whole_texts_and_is_left_as_it_was()
     assert tokenizer.truncation is not None
 
 
-def test_first_heading_in_a_code_fence_is_not_the_title(tmp_path: Path) -> None:
+def test_first_heading_in_a_code_fence_is_not_the_title() -> None:
     assert first_heading("~~~sh\n# comment\n~~~\n# Title ##\n") == "Title"
+    assert first_heading("# About C#\n") == "About C#"
 
 
 def test_chunking_config_overlap_of_half_the_limit_is_refused() -> None:
