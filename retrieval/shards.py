@@ -167,6 +167,8 @@ def read_index_file(directory: Path) -> IndexFile:
             shards=tuple(ShardEntry.from_row(row) for row in value["shards"]),
             lexical=tuple(LexicalEntry.from_row(row) for row in value["lexical"]),
         )
+    except ArtifactError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{file} cannot be read ({type(error).__name__}): rebuild the index") from error
     names = [entry.shard_id for entry in index.shards]

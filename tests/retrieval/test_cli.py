@@ -2,10 +2,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
+from cluster.errors import UserError
 from cluster.recipe import load_recipe
 from retrieval.cli import index_app
 from retrieval.config import RetrievalRecipe
@@ -31,6 +33,30 @@ def test_index_build_and_search_print_rank_heading_text_and_place(
     assert lines[0].endswith("Denmark | Economy > Exports")
     assert "cheese" in lines[1]
     assert lines[2].strip().startswith("denmark [")
+    command = ["index", "search", str(recipe), "cheese of Denmark", "-k", "1", "--mode", "lexical"]
+    filtered = runner.invoke(app, [*command, "--filter", '{"place": 6}'], catch_exceptions=False)
+    assert "Ghana" in filtered.stdout
+    assert "Denmark" not in filtered.stdout
+    with pytest.raises(UserError, match=r"^--filter: not JSON"):
+        runner.invoke(app, [*command, "--filter", "place=6"], catch_exceptions=False)
+
+
+def test_index_build_strict_stops_at_what_the_plain_build_lists(
+    tmp_path: Path, encoder_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "good.txt").write_text("copper and roses in summer", encoding="utf-8")
+    (folder / "empty.txt").write_text("", encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path, folder, encoder_path).model_dump(mode="json")))
+    app = typer.Typer()
+    app.add_typer(index_app(lambda path, overrides: load_recipe(path, overrides, RetrievalRecipe)), name="index")
+    with pytest.raises(UserError, match=r"^corpus\.path: .*empty\.txt.*\(corpus\.strict\)"):
+        CliRunner().invoke(app, ["index", "build", str(recipe), "--strict"], catch_exceptions=False)
+    built = CliRunner().invoke(app, ["index", "build", str(recipe)], catch_exceptions=False)
+    assert built.exit_code == 0
+    assert "1 of the corpus's documents were rejected" in built.stdout
 
 
 def test_index_cli_import_needs_no_heavy_library() -> None:
