@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 HEADING_SEPARATOR = " > "
-SEGMENT_CHARS = 65_536
-"""A longer section is cut into such segments before it is split, so that memory stays flat: splitting is linear
-(0.7 MB/s of English on the machine of docs/LOG.md), but holds a list of all boundaries."""
+SEGMENT_CHARS = 16_384
+"""A longer section is cut into such segments before it is split. The splitter is linear on prose (0.7 MB/s of English
+on 2 cores), but twice the length took it 2.4 to 3 times as long on a line without any boundary."""
 CHARS_PER_TOKEN = 16
 """A chunk has at most this many characters per token of `max_tokens`: a WordPiece tokenizer calls 100 characters
 without a space, such as Base64, one unknown token, however long they go on."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from retrieval.chunking import Chunker, chunk_document, embedding_text
+from retrieval.chunking import SEGMENT_CHARS, Chunker, chunk_document, embedding_text
 from retrieval.config import ChunkingConfig
 from retrieval.records import Document
 from retrieval.sections import first_heading
@@ -279,17 +279,17 @@ def test_chunk_document_long_section_is_cut_at_blank_lines_between_segments() ->
     paragraph = "word " * 12
     text = "\n\n".join([paragraph.strip()] * 4000)
     chunks = chunk_document(Document("d", "", text), TOKENIZER, ChunkingConfig(max_tokens=16))
-    assert len(text) > 3 * 65_536
+    assert len(text) > 10 * SEGMENT_CHARS
     assert [chunk.text for chunk in chunks] == [paragraph.strip()] * 4000
 
 
 @pytest.mark.parametrize(
     "line", ["# a" + " \t" * 40_000 + "b", "| a" * 40_000, "|" + " " * 40_000 + "\n|-", "`" * 80_000]
 )
-def test_chunk_document_hostile_line_takes_linear_time(line: str) -> None:
-    began = time.perf_counter()
+def test_chunk_document_hostile_line_does_not_hold_the_patterns_up(line: str) -> None:
+    began = time.process_time()
     chunk_document(Document("d", "", f"{line}\n" * 3), TOKENIZER, ChunkingConfig(max_tokens=60))
-    assert time.perf_counter() - began < 10  # a pattern that backtracks takes minutes
+    assert time.process_time() - began < 10  # a pattern that backtracks takes minutes
 
 
 def test_chunker_truncating_tokenizer_counts_whole_texts_and_is_left_as_it_was() -> None:
