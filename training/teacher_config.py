@@ -34,6 +34,8 @@ class TeacherConfig(Section):
     """Kinds of question, asked in turn. `unanswerable` questions have no golden place: training leaves them out."""
     questions_per_chunk: int = Field(default=3, ge=1, le=50)
     """Questions asked of each chunk."""
+    examples: int = Field(default=1, ge=0)
+    """Worked examples of the prompt file to show; a strong teacher needs none, and each costs its tokens every time."""
     min_chunk_chars: int = Field(default=80, ge=1)
     """Chunks with fewer characters are not asked about."""
     answer_chars: int = Field(default=120, ge=1)

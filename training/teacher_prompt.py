@@ -10,7 +10,7 @@ import collections
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,25 @@ class KindTexts(Section):
     unanswerable: str
 
 
+class ExampleQuestion(Section):
+    """A question of a worked example."""
+
+    kind: QuestionKind
+    question: str
+    answer: str
+    quote: str
+    reasoning: str
+
+
+class Example(Section):
+    """A passage and what a good reply asks about it."""
+
+    title: str
+    heading: str
+    passage: str
+    questions: tuple[ExampleQuestion, ...]
+
+
 class QuestionTexts(Section):
     """The content of a question prompt file."""
 
@@ -47,6 +66,8 @@ class QuestionTexts(Section):
     user: str
     reasoning: str
     kinds: KindTexts
+    examples: tuple[Example, ...] = ()
+    """Shown as earlier turns, as many as `teacher.examples` says; of each, the questions of the kinds asked for."""
     needs_passage: tuple[str, ...] = ()
     """Regular expressions of questions that only make sense beside the passage."""
     abstains: tuple[str, ...] = ()
@@ -162,12 +183,26 @@ class QuestionPrompt:
         return tuple(kinds[(first + place) % len(kinds)] for place in range(self.config.questions_per_chunk))
 
     def _messages(self, chunk: Chunk, kinds: tuple[QuestionKind, ...]) -> tuple[Message, ...]:
+        messages: list[Message] = [{"role": "system", "content": self.texts.system.strip()}]
+        for example in self.texts.examples[: self.config.examples]:
+            asked = [question for question in example.questions if question.kind in kinds]
+            if not asked:
+                continue
+            turn = self._turn(example.title, example.heading, example.passage, [question.kind for question in asked])
+            hidden = None if self.config.reasoning else {"reasoning"}
+            reply = {"questions": [question.model_dump(exclude=hidden) for question in asked]}
+            messages.append({"role": "user", "content": turn})
+            messages.append({"role": "assistant", "content": json.dumps(reply, ensure_ascii=False)})
+        messages.append({"role": "user", "content": self._turn(chunk.title, chunk.heading, chunk.text, kinds)})
+        return tuple(messages)
+
+    def _turn(self, title: str, heading: str, passage: str, kinds: Sequence[QuestionKind]) -> str:
         counts = collections.Counter(kinds)
         asked = [kind for kind in self.config.kinds if kind in counts]
         values = {
-            "title": escape(chunk.title),
-            "heading": escape(chunk.heading),
-            "passage": escape(chunk.text),
+            "title": escape(title),
+            "heading": escape(heading),
+            "passage": escape(passage),
             "count": str(len(kinds)),
             "kinds": ", ".join(f"{counts[kind]} {kind}" for kind in asked),
             "descriptions": "\n".join(f"- {getattr(self.texts.kinds, kind)}" for kind in asked),
@@ -176,10 +211,7 @@ class QuestionPrompt:
         }
         # In one pass, so that a passage which holds `{title}` is shown as it is.
         user = _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.texts.user)
-        return (
-            {"role": "system", "content": self.texts.system.strip()},
-            {"role": "user", "content": "\n".join(line.rstrip() for line in user.splitlines()).strip()},
-        )
+        return "\n".join(line.rstrip() for line in user.splitlines()).strip()
 
     @cached_property
     def _schema(self) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def test_request_carries_key_model_schema_and_both_messages(tmp_path):
     seen = stub.seen[0]
     assert seen.authorization == "Bearer sk-very-secret"
     assert (seen.body["model"], seen.body["temperature"], seen.body["max_tokens"]) == ("stub-1", 0.25, 77)
-    assert [message["role"] for message in seen.body["messages"]] == ["system", "user"]
-    assert chunk_text(0) in seen.body["messages"][1]["content"]
-    assert "2 fact" in seen.body["messages"][1]["content"]
+    assert [message["role"] for message in seen.body["messages"]] == ["system", "user", "assistant", "user"]
+    assert chunk_text(0) in seen.body["messages"][-1]["content"]
+    assert "2 fact" in seen.body["messages"][-1]["content"]
     item = seen.body["response_format"]["json_schema"]["schema"]["properties"]["questions"]["items"]
     assert item["required"] == ["kind", "question", "answer", "quote"]
 
