@@ -152,7 +152,7 @@ def _search(index: Any, rows: int, dimension: int) -> None:
 
     queries = np.random.default_rng(0).standard_normal((4, dimension), dtype=np.float32)
     mask = np.arange((rows + 7) // 8, dtype=np.uint8) | 1
-    for selector in (None, faiss.IDSelectorBitmap(rows, faiss.swig_ptr(mask))):
+    for selector in (None, faiss.IDSelectorBitmap(len(mask), faiss.swig_ptr(mask))):
         parameters = search_parameters(index, Effort(16), 10)
         parameters.sel = selector
         _, found = index.search(queries, 10, params=parameters)

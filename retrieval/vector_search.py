@@ -71,7 +71,7 @@ def selector_of(allowed: Rows, rows: int) -> tuple[Any, Any]:
     mask = np.zeros(rows, dtype=bool)
     mask[allowed] = True
     bitmap = np.packbits(mask, bitorder="little")
-    return faiss.IDSelectorBitmap(rows, faiss.swig_ptr(bitmap)), bitmap
+    return faiss.IDSelectorBitmap(len(bitmap), faiss.swig_ptr(bitmap)), bitmap
 
 
 class VectorIndex:
@@ -164,7 +164,7 @@ class VectorIndex:
         return _padded(scores, rows, k)
 
     def _is_exhaustive(self, allowed: int) -> bool:
-        return self._index is None or allowed < self._measured["exhaustive_below"]
+        return self._index is None or allowed < max(1, self._measured["exhaustive_below"])
 
     def _effort(self, k: int, allowed: int | None = None) -> Effort:
         """The measured effort for k places, or for a filter that keeps `allowed` rows."""
