@@ -1,7 +1,8 @@
 """Searching the index for the retriever's training: rows for training questions, and what it finds for the others.
 
-In: questions, the index of the untuned encoder. Out: `Mined`. Ray Data actors search and choose, block by block; the
-rows come back in the order of the questions, whatever the number of actors.
+In: questions, the index of the untuned encoder. Out: `Mined`. Ray Data actors search and choose, block by block (this
+process does, where a single actor on this machine would do no more); the rows come back in the order of the questions,
+whatever the number of actors.
 Not covered: what a row is made of (training/retriever_rows.py).
 """
 
@@ -73,7 +74,7 @@ def mine(
     blocks = _blocks(questions)
     answers: dict[int, list[dict[str, Any]]] = {}
     with track("mine negatives", sum(map(len, questions.values())), "questions") as bar:
-        for reply in _search_on_workers(blocks, (recipe.model_dump(), index, hidden), recipe.encoder.actors):
+        for reply in _search(recipe, blocks, (recipe.model_dump(), index, hidden)):
             if reply["fault"]:
                 raise UserError(reply["fault"])
             answers[reply["block"]] = json.loads(reply["answers"])
@@ -101,9 +102,16 @@ def _blocks(questions: Mapping[Role, Sequence[Question]]) -> list[pa.Table]:
     return blocks
 
 
-def _search_on_workers(blocks: Sequence[pa.Table], arguments: tuple[Any, ...], actors: int) -> Iterator[dict[str, Any]]:
+def _search(recipe: TrainingRecipe, blocks: Sequence[pa.Table], arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """Each block's answers, in any order; in this process where a single actor on this machine would do no more."""
     import ray
 
+    actors, gpus = recipe.encoder.actors, recipe.encoder.gpus_per_actor
+    if actors == 1 and recipe.ray.address is None and not gpus:
+        searcher = _Searcher(*arguments)
+        for block in blocks:
+            yield from searcher(block).to_pylist()
+        return
     dataset = ray.data.from_arrow(list(blocks)).map_batches(
         _Searcher,
         fn_constructor_args=arguments,
@@ -111,6 +119,7 @@ def _search_on_workers(blocks: Sequence[pa.Table], arguments: tuple[Any, ...], a
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))),
         num_cpus=0.5,
+        num_gpus=gpus or None,
     )
     yield from dataset.iter_rows()
 

@@ -190,10 +190,11 @@ def _distinct(passages: Sequence[Passage]) -> list[Passage]:
 def plan_batches(rows: Sequence[TrainingRow], batch_rows: int, epochs: int, seed: int) -> list[list[int]]:
     """Row numbers of each step: every row once per epoch, in seeded order, without false negatives inside a batch.
 
-    A row joins a batch only when none of its passages is shunned by a row of the batch, nor the other way round, and
-    no question or passage stands there twice (sentence-transformers' NO_DUPLICATES, sharpened); otherwise it waits for
-    the next. A last batch below half of the size is dropped where the epoch has another: its few in-batch negatives
-    would make a step of another kind.
+    A row joins a batch only when none of its passages is golden or shunned for a row of the batch, nor the other way
+    round, and no question stands there twice; otherwise it waits for the next. (sentence-transformers' NO_DUPLICATES
+    compares texts alone, and also parts rows that share a hard negative, which does no harm.)
+    A last batch below half of the size is dropped where the epoch has another: its few in-batch negatives would make a
+    step of another kind.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
@@ -210,19 +211,20 @@ def plan_batches(rows: Sequence[TrainingRow], batch_rows: int, epochs: int, seed
 def _fill(rows: Sequence[TrainingRow], order: Sequence[int], batch_rows: int) -> tuple[list[int], list[int]]:
     batch: list[int] = []
     waiting: list[int] = []
-    shown: set[str] = set()  # chunk ids, texts of passages and questions in the batch
+    shown: set[str] = set()  # questions, and ids and texts of passages in the batch
     shunned: set[str] = set()
     for place, number in enumerate(order):
         if len(batch) == batch_rows:
             return batch, [*waiting, *order[place:]]
         row = rows[number]
         content = {row.query, row.positive, *row.negatives, *row.passage_ids}
-        if content & shown or shunned & content or shown & set(row.shunned):
+        refused = {row.query, row.positive, *row.shunned}
+        if refused & shown or shunned & content:
             waiting.append(number)
         else:
             batch.append(number)
             shown |= content
-            shunned |= set(row.shunned)
+            shunned |= refused
     return batch, waiting
 
 

@@ -180,12 +180,22 @@ def test_plan_batches_shows_no_false_negative_and_every_row_once_an_epoch(drawn,
     assert steps == plan_batches(rows, size, epochs, seed)
     for batch in steps:
         assert 1 <= len(batch) <= size
-        shown = [passage for number in batch for passage in rows[number].passage_ids]
-        assert len(shown) == len(set(shown))
+        assert len({rows[number].positive for number in batch}) == len(batch)
         for number in batch:
-            assert not set(rows[number].shunned) - {rows[number].positive} & set(shown)
+            others = [passage for other in batch if other != number for passage in rows[other].passage_ids]
+            assert not set(rows[number].shunned) & set(others)
     seen = collections.Counter(number for batch in steps for number in batch)
     assert max(seen.values()) <= epochs
+
+
+def test_plan_batches_parts_rows_that_show_the_same_text_but_not_those_that_share_a_negative():
+    copied = training_row(1, "p1", ("p0 again",), ("p1",))
+    rows = [training_row(0, "p0", ("n",), ("p0",)), dataclasses.replace(copied, negatives=("p0",))]
+    assert len(plan_batches(rows, 4, 1, 17)) == 2
+    sharing = [training_row(number, f"p{number}", ("n",), (f"p{number}",)) for number in range(4)]
+    assert [len(batch) for batch in plan_batches(sharing, 4, 1, 17)] == [4]
+    twice = [dataclasses.replace(row, query="the same") for row in sharing[:2]]
+    assert [len(batch) for batch in plan_batches(twice, 4, 1, 17)] == [1, 1]
 
 
 def test_plan_batches_fills_batches_and_drops_only_a_small_last_one():
