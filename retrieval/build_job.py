@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from retrieval.compaction import CompactionPolicy
     from retrieval.vectors import VectorPolicy
 
     Vectors = npt.NDArray[np.float32]
@@ -92,6 +93,8 @@ class BuildJob:
     policy: VectorPolicy
     shard_chunks: int
     base: BaseVersion | None = None
+    compaction: CompactionPolicy | None = None
+    """When shards of the base version are written anew; none: never."""
     removed: Container[str] = frozenset()
     """Ids of documents to leave out; picklable."""
     make_encoder: MakeEncoder = field(default=Encoder)

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ArtifactError, UserError
@@ -23,6 +24,7 @@ from cluster.progress import say
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
 from retrieval.build_job import BaseVersion, BuildJob, MakeEncoder, Merge
+from retrieval.compaction import CompactionPolicy
 from retrieval.config import RetrievalRecipe
 from retrieval.documents import CorpusScan, corpus_digest, scan_corpus
 from retrieval.encoder import (
@@ -35,6 +37,7 @@ from retrieval.encoder import (
     encoder_tokenizer,
     unknown_share,
 )
+from retrieval.ledger import RemovedIds, removed_digest, removed_ids
 from retrieval.parts import Parts
 from retrieval.pipeline import (
     Alone,
@@ -75,8 +78,6 @@ def index_plan(recipe: RetrievalRecipe, store: Store) -> Plan:
     Raises:
         UserError: naming `corpus.path` or `encoder.model`, when there is nothing there.
     """
-    from retrieval.ledger import removed_digest
-
     source = encoder_source(recipe, store)
     inputs = {CORPUS_INPUT: corpus_digest(recipe.corpus), BASE_INPUT: encoder_digest(recipe.encoder)}
     removed = removed_digest(store, recipe.name)
@@ -137,9 +138,26 @@ def build_index(recipe: RetrievalRecipe, store: Store, *, make_encoder: MakeEnco
     plan = index_plan(recipe, store)
     base = base_version(store, recipe.name)
     build = functools.partial(build_into, recipe, store, base=base, make_encoder=make_encoder)
-    artifact = run_stage(store, plan, build)
+    artifact = run_stage(store, plan, refuses_lately_removed(store, plan, build))
     finish_work(store, plan.ref)
     return artifact
+
+
+def refuses_lately_removed(
+    store: Store, plan: Plan, build: Callable[[Attempt], Outcome]
+) -> Callable[[Attempt], Outcome]:
+    """`build`, refused at its end where a document was deleted or purged since `plan` was made: it may hold it."""
+
+    def guarded(attempt: Attempt) -> Outcome:
+        outcome = build(attempt)
+        if removed_digest(store, plan.name) != plan.inputs.get(REMOVED_INPUT, ""):
+            raise UserError(
+                f"index: documents were deleted from index/{plan.name} while it was being built; nothing is published: "
+                "run the same command again"
+            )
+        return outcome
+
+    return guarded
 
 
 def base_version(store: Store, name: str, merge: Merge = "reuse", deleted: tuple[str, ...] = ()) -> BaseVersion | None:
@@ -203,6 +221,8 @@ def build_into(
     *,
     base: BaseVersion | None = None,
     scan: CorpusScan | None = None,
+    settle: Callable[[BuildJob, RowPlan], None] | None = None,
+    removed: RemovedIds | None = None,
     make_encoder: MakeEncoder = Encoder,
 ) -> Outcome:
     """Run all phases and write every file of the artifact into `attempt`.
@@ -214,10 +234,11 @@ def build_into(
         base: With `merge: reuse` a source of embeddings. With `sync` or `delta` its living shards are adopted and its
             deleted rows get tombstones; where its mode is not that of this build it is only reused.
         scan: The documents to add; by default the recipe's corpus.
+        settle: Called once the rows are planned and before anything is embedded; may raise to stop.
+        removed: Documents to leave out; by default those in the ledger.
         make_encoder: See `build_index`.
     """
-    from retrieval.ledger import removed_ids
-
+    removed = removed_ids(store, recipe.name) if removed is None else removed
     if scan is None:
         scan = scan_corpus(recipe.corpus, recipe.seed)
     source = encoder_source(recipe, store)
@@ -229,8 +250,8 @@ def build_into(
     with contextlib.nullcontext() if alone else ray_session(recipe.ray):
         workers: Workers = Alone() if alone else OnRay.of(recipe)
         job = _job(recipe, store, attempt, mode, source, base, workers)
-        job = dataclasses.replace(job, removed=removed_ids(store, recipe.name), make_encoder=make_encoder)
-        built = run_phases(job, scan, workers, recipe)
+        job = dataclasses.replace(job, removed=removed, make_encoder=make_encoder)
+        built = run_phases(job, scan, workers, recipe, settle)
         shards, placed = _all_shards(store, attempt, job, built)
         began = time.perf_counter()
         lexical = write_lexical(job.uri, placed, workers)
@@ -298,6 +319,7 @@ def _job(
         policy=VectorPolicy.of(recipe.index, recipe.seed),
         shard_chunks=recipe.index.shard_chunks,
         base=base,
+        compaction=CompactionPolicy.of(recipe.index),
     )
 
 
@@ -312,8 +334,14 @@ class Built:
     seconds: dict[str, float]
 
 
-def run_phases(job: BuildJob, scan: CorpusScan, workers: Workers, recipe: RetrievalRecipe) -> Built:
-    """Phases A to D without the lexical files (see `pipeline.py`).
+def run_phases(
+    job: BuildJob,
+    scan: CorpusScan,
+    workers: Workers,
+    recipe: RetrievalRecipe,
+    settle: Callable[[BuildJob, RowPlan], None] | None = None,
+) -> Built:
+    """Phases A to D without the lexical files (see `pipeline.py`); `settle` is called between B and C.
 
     Raises:
         UserError: the corpus holds no text; with `corpus.strict`, a document cannot be read.
@@ -327,6 +355,8 @@ def run_phases(job: BuildJob, scan: CorpusScan, workers: Workers, recipe: Retrie
     if plan.rows + plan.base.kept_rows == 0:
         why = f" (first rejected: {plan.first_rejected})" if plan.first_rejected else ""
         raise UserError(f"corpus.path: {recipe.corpus.path} holds no text to index{why}")
+    if settle is not None:
+        settle(job, plan)
     clock.lap("plan_s")
     embedded = embed_corpus(job, plan, workers)
     clock.lap("embed_s")

@@ -5,18 +5,20 @@ tombstones of the base version's shards, and a `RowPlan` of counts and places. R
 and of texts, 40 bytes a row, and texts only to compare those that the base version seems to hold.
 Of documents with one id the first in corpus order stays. Of rows with one text the first is embedded and the others
 share its vector; a text that the base version holds is not embedded at all.
-Not covered: reading (`embedding.py`), compaction.
+Not covered: reading (`embedding.py`), when shards are written anew (`compaction.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrieval.build_job import BuildJob
 from retrieval.chunking import embedding_text
+from retrieval.compaction import Fill, document_rows, shards_to_merge
 from retrieval.documents import Rejection, join_path, open_filesystem, repeated_id
 from retrieval.embedding import (
     CHUNKS,
@@ -26,10 +28,11 @@ from retrieval.embedding import (
     KeySet,
     document_key,
     id_key,
+    ids_schema,
 )
 from retrieval.parts import Parts, part_name
 from retrieval.records import Document
-from retrieval.shard_files import Piece, embedded_here, embedded_in_base
+from retrieval.shard_files import MergedPiece, Piece, embedded_here, embedded_in_base, merged_part
 from retrieval.shards import REJECTED_FILE, TOMBSTONES_FOLDER, ShardEntry, ShardReader
 
 if TYPE_CHECKING:
@@ -50,17 +53,21 @@ class BaseChange:
     kept_rows: int = 0
     kept_tokens: int = 0
     deleted_documents: int = 0
+    changed_documents: int = 0
+    """Of the deleted ones, those that the corpus blocks bring anew."""
     shards: tuple[ShardEntry, ...] = ()
-    """Those with live rows, which the new version adopts; one without is dropped."""
+    """Those that the new version adopts: with live rows, and not merged."""
     deleted_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     """Of those, shard id to its rows that are deleted in the new version, earlier deletions included, where any are."""
+    merged: tuple[str, ...] = ()
+    """Shards whose live rows are written anew; not empty when the update compacts."""
 
 
 @dataclass(frozen=True)
 class RowPlan:
     """What the driver learns of phase B: counts and places, no texts."""
 
-    shards: tuple[tuple[Piece, ...], ...]
+    shards: tuple[tuple[Piece | MergedPiece, ...], ...]
     """New shards in order."""
     embed: tuple[tuple[int, int], ...]
     """(block, texts to embed), of blocks with any."""
@@ -98,7 +105,9 @@ def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
         own = source[start : start + len(kept)]
         start += len(kept)
         job.parts.write_arrays(part_name(PLAN, ordinal, ".npz"), rows=kept, source=own, embed=embed[ordinal])
-    shards = _divide([chunks[~gone] for gone, chunks in documents.by_block(later, documents.chunks)], job.shard_chunks)
+    base, merged = _change_base(job, documents, later, sum(map(len, rows))) if job.keeps_rows else (BaseChange(), {})
+    added = [chunks[~gone] for gone, chunks in documents.by_block(later, documents.chunks)]
+    shards = _divide_merged(merged, added, job.shard_chunks)
     rejected, first_rejected = _write_rejected(job, documents, later)
     return RowPlan(
         shards=tuple(shards),
@@ -111,7 +120,7 @@ def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
         shared=shared,
         rejected=rejected,
         first_rejected=first_rejected,
-        base=_change_base(job, documents, later) if job.keeps_rows else BaseChange(),
+        base=base,
     )
 
 
@@ -131,10 +140,11 @@ class _Documents:
         import numpy as np
 
         columns = ["id_key", "key_high", "key_low", "chunks", "unchanged"]
+        none = ids_schema().empty_table()  # a delta may bring no blocks at all
         tables = (parts.read_table(part_name(IDS, ordinal, ".parquet"), columns) for ordinal in range(blocks))
-        arrays = [[table[name].to_numpy() for name in columns] for table in tables]
+        arrays = [[table[name].to_numpy() for name in columns] for table in itertools.chain([none], tables)]
         ids, high, low, chunks, unchanged = (np.concatenate(column) for column in zip(*arrays, strict=True))
-        return cls([len(block[0]) for block in arrays], ids, np.stack([high, low], axis=1), chunks, unchanged)
+        return cls([len(block[0]) for block in arrays[1:]], ids, np.stack([high, low], axis=1), chunks, unchanged)
 
     def by_block(self, *arrays: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Slices of `arrays` (n, …) for each block in turn."""
@@ -177,7 +187,7 @@ class _Texts:
     def read(cls, parts: Parts, rows: list[Rows]) -> _Texts:
         import numpy as np
 
-        keys, checks, tokens = [], [], 0
+        keys, checks, tokens = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.uint64)], 0
         for ordinal, kept in enumerate(rows):
             table = parts.read_table(part_name(CHUNKS, ordinal, ".parquet"), ["text_key", "text_check", "tokens"])
             keys.append(table["text_key"].to_numpy()[kept])
@@ -291,6 +301,20 @@ def _divide(blocks: list[Rows], most: int) -> list[tuple[Piece, ...]]:
     return shards
 
 
+def _divide_merged(merged: dict[str, Rows], blocks: list[Rows], most: int) -> list[tuple[Piece | MergedPiece, ...]]:
+    """`_divide` over the shards that are written anew (the rows of each of their documents), then the blocks."""
+    names = list(merged)
+    return [
+        tuple(
+            MergedPiece(names[piece.ordinal], piece.start, piece.stop)
+            if piece.ordinal < len(names)
+            else Piece(piece.ordinal - len(names), piece.start, piece.stop)
+            for piece in pieces
+        )
+        for pieces in _divide([*merged.values(), *blocks], most)
+    ]
+
+
 def _write_rejected(job: BuildJob, documents: _Documents, later: Flags) -> tuple[int, str]:
     """Write `rejected.parquet`; returns its rows and the first one in words."""
     import numpy as np
@@ -325,17 +349,21 @@ def _repeated(parts: Parts, ordinal: int, places: Rows) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=Rejection.schema())
 
 
-def _change_base(job: BuildJob, documents: _Documents, later: Flags) -> BaseChange:
-    """Write the tombstones of the base version's shards under `job.uri`; returns what stays and what goes."""
+def _change_base(
+    job: BuildJob, documents: _Documents, later: Flags, new_rows: int
+) -> tuple[BaseChange, dict[str, Rows]]:
+    """What stays and what goes of the base version, and for each shard to write anew the rows of its documents.
+
+    Writes the tombstones of the shards that stay under `job.uri`, and the rows of the others as parts.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
     assert job.base is not None
     keep = _KeepsDocument(job, documents, later)
-    kept_documents = kept_rows = kept_tokens = deleted_documents = 0
-    living: list[ShardEntry] = []
-    deleted_rows: dict[str, int] = {}
+    kept_documents = kept_rows = kept_tokens = deleted_documents = changed_documents = 0
+    living: list[tuple[ShardReader, Flags]] = []
     for shard in job.base.open()[1]:
         gone: list[str] = []
         for batch in shard.document_batches(("doc_id", "digest")):
@@ -344,19 +372,52 @@ def _change_base(job: BuildJob, documents: _Documents, later: Flags) -> BaseChan
             kept_documents += len(batch)
         kept_documents -= len(gone)
         deleted_documents += len(gone)
+        changed_documents += sum(map(keep.is_replaced, gone))
         deleted = np.zeros(shard.rows, dtype=bool)
         deleted[shard.tombstones] = True
         deleted |= pc.is_in(shard.column("doc_id"), pa.array(gone, pa.string())).to_numpy()
         kept_rows += int((~deleted).sum())
         kept_tokens += int(shard.column("tokens").to_numpy()[~deleted].sum())
-        if deleted.all():
+        if not deleted.all():
+            living.append((shard, deleted))
+    shards, deleted_rows, merged = _settle_shards(job, living, new_rows)
+    change = BaseChange(
+        kept_documents=kept_documents,
+        kept_rows=kept_rows,
+        kept_tokens=kept_tokens,
+        deleted_documents=deleted_documents,
+        changed_documents=changed_documents,
+        shards=tuple(shards),
+        deleted_rows=deleted_rows,
+        merged=tuple(merged),
+    )
+    return change, merged
+
+
+def _settle_shards(
+    job: BuildJob, living: list[tuple[ShardReader, Flags]], new_rows: int
+) -> tuple[list[ShardEntry], dict[str, int], dict[str, Rows]]:
+    """Of shards with their deleted rows: those that stay, how many rows each of them misses, and the rows of each
+    document of those that are written anew."""
+    import numpy as np
+
+    fills = [Fill(shard.rows, int(deleted.sum())) for shard, deleted in living]
+    chosen = shards_to_merge(job.compaction, fills, new_rows) if job.compaction is not None else set()
+    shards: list[ShardEntry] = []
+    deleted_rows: dict[str, int] = {}
+    merged: dict[str, Rows] = {}
+    for place, (shard, deleted) in enumerate(living):
+        shard_id = shard.entry.shard_id
+        if place in chosen:
+            rows = np.flatnonzero(~deleted)
+            merged[shard_id] = document_rows(shard, rows)
+            job.parts.write_array(merged_part(shard_id), rows)
             continue
-        living.append(shard.entry)
+        shards.append(shard.entry)
         if deleted.any():
-            deleted_rows[shard.entry.shard_id] = int(deleted.sum())
-            name = f"{TOMBSTONES_FOLDER}/{shard.entry.shard_id}.npy"
-            Parts(job.uri).write_array(name, np.flatnonzero(deleted).astype(np.int64))
-    return BaseChange(kept_documents, kept_rows, kept_tokens, deleted_documents, tuple(living), deleted_rows)
+            deleted_rows[shard_id] = int(deleted.sum())
+            Parts(job.uri).write_array(f"{TOMBSTONES_FOLDER}/{shard_id}.npy", np.flatnonzero(deleted))
+    return shards, deleted_rows, merged
 
 
 class _KeepsDocument:
@@ -369,11 +430,15 @@ class _KeepsDocument:
         self._deleted = set(job.base.deleted)
         same = ~later & documents.unchanged
         self._unchanged = KeySet.of(documents.keys[same])
-        self._replaced = set(documents.ids[~later & ~documents.unchanged].tolist()) if self._all else set()
+        self._replaced = set(documents.ids[~later & ~documents.unchanged].tolist())
+
+    def is_replaced(self, doc_id: str) -> bool:
+        """Whether the blocks bring the document with other content."""
+        return id_key(doc_id) in self._replaced
 
     def __call__(self, doc_id: str, digest: bytes) -> bool:
-        if doc_id in self._deleted or doc_id in self._job.removed:
+        if document_key(doc_id, digest) in self._unchanged:
+            return True
+        if not self._all or doc_id in self._deleted or doc_id in self._job.removed:
             return False
-        if self._all:
-            return id_key(doc_id) not in self._replaced
-        return document_key(doc_id, digest) in self._unchanged
+        return not self.is_replaced(doc_id)

@@ -26,6 +26,7 @@ from retrieval.shards import (
     SHARDS_FOLDER,
     LexicalEntry,
     ShardEntry,
+    ShardReader,
     chunk_schema,
     new_shard_id,
     write_shard,
@@ -50,7 +51,21 @@ class Piece:
     stop: int
 
 
-def build_shard(job: BuildJob, pieces: Sequence[Piece], threads: int | None = None) -> ShardEntry:
+@dataclass(frozen=True)
+class MergedPiece:
+    """Rows `start` to `stop` of those that stay of one shard of the base version, which is written anew."""
+
+    shard_id: str
+    start: int
+    stop: int
+
+
+def merged_part(shard_id: str) -> str:
+    """Name of the part with the rows that stay of a shard of the base version: sorted, (n,) int64."""
+    return f"merged/{shard_id}.npy"
+
+
+def build_shard(job: BuildJob, pieces: Sequence[Piece | MergedPiece], threads: int | None = None) -> ShardEntry:
     """Phase D for one shard: write all its files under `job.uri`; returns its entry for `index.json`."""
     if threads is not None and job.mode == "dense":
         import faiss
@@ -67,9 +82,16 @@ def build_shard(job: BuildJob, pieces: Sequence[Piece], threads: int | None = No
     return entry
 
 
-def _write_pieces(job: BuildJob, pieces: Sequence[Piece], directory: Path) -> ShardEntry:
+def _write_pieces(job: BuildJob, pieces: Sequence[Piece | MergedPiece], directory: Path) -> ShardEntry:
     vectors = _piece_vectors(job, pieces) if job.mode == "dense" else None
     return write_shard(directory, _piece_documents(job, pieces), _piece_chunks(job, pieces), vectors, job.policy)
+
+
+def _merged_rows(job: BuildJob, piece: MergedPiece) -> tuple[ShardReader, Rows]:
+    """The shard of the base version, and the piece's rows in it."""
+    assert job.base is not None
+    shard = next(shard for shard in job.base.open()[1] if shard.entry.shard_id == piece.shard_id)
+    return shard, job.parts.read_array(merged_part(piece.shard_id))[piece.start : piece.stop]
 
 
 def _piece_rows(job: BuildJob, piece: Piece) -> Rows:
@@ -77,16 +99,25 @@ def _piece_rows(job: BuildJob, piece: Piece) -> Rows:
     return rows[piece.start : piece.stop]
 
 
-def _piece_chunks(job: BuildJob, pieces: Sequence[Piece]) -> Iterator[pa.RecordBatch]:
+def _piece_chunks(job: BuildJob, pieces: Sequence[Piece | MergedPiece]) -> Iterator[pa.RecordBatch]:
     for piece in pieces:
+        if isinstance(piece, MergedPiece):
+            shard, rows = _merged_rows(job, piece)
+            yield from shard.batches(rows)
+            continue
         table = job.parts.read_table(part_name(CHUNKS, piece.ordinal, ".parquet"), chunk_schema().names)
         yield from _batches(table.take(_piece_rows(job, piece)))
 
 
-def _piece_documents(job: BuildJob, pieces: Sequence[Piece]) -> Iterator[pa.RecordBatch]:
+def _piece_documents(job: BuildJob, pieces: Sequence[Piece | MergedPiece]) -> Iterator[pa.RecordBatch]:
     import pyarrow.compute as pc
 
     for piece in pieces:
+        if isinstance(piece, MergedPiece):
+            shard, rows = _merged_rows(job, piece)
+            here = shard.column("doc_id").take(rows).unique()
+            yield from (batch.filter(pc.is_in(batch.column("doc_id"), here)) for batch in shard.document_batches())
+            continue
         owners = job.parts.read_table(part_name(CHUNKS, piece.ordinal, ".parquet"), ["doc_id"])["doc_id"]
         here = owners.take(_piece_rows(job, piece)).unique()
         documents = job.parts.read_table(part_name(DOCUMENTS, piece.ordinal, ".parquet"))
@@ -98,9 +129,14 @@ def _batches(table: pa.Table) -> list[pa.RecordBatch]:
     return batches
 
 
-def _piece_vectors(job: BuildJob, pieces: Sequence[Piece]) -> Iterator[Vectors]:
+def _piece_vectors(job: BuildJob, pieces: Sequence[Piece | MergedPiece]) -> Iterator[Vectors]:
     vectors = _VectorSource(job)
     for piece in pieces:
+        if isinstance(piece, MergedPiece):
+            shard, rows = _merged_rows(job, piece)
+            assert shard.vectors is not None, f"{piece.shard_id} holds no vectors"
+            yield from (shard.vectors[rows[start : start + BATCH_ROWS]] for start in range(0, len(rows), BATCH_ROWS))
+            continue
         sources = vectors.plan(piece.ordinal)["source"][piece.start : piece.stop]
         for start in range(0, len(sources), BATCH_ROWS):
             yield vectors.gather(sources[start : start + BATCH_ROWS])

@@ -29,7 +29,7 @@ def test_deleted_ids_stay_away_until_they_are_lifted(any_store: Store) -> None:
     assert one
     add_deleted(any_store, "x", ["a"])
     assert removed_digest(any_store, "x") == one
-    removed = pickle.loads(pickle.dumps(removed_ids(any_store, "x")))  # noqa: S301  # our own bytes
+    removed = pickle.loads(pickle.dumps(removed_ids(any_store, "x")))  # our own bytes
     assert ["a" in removed, "b" in removed, "c" in removed] == [True, True, False]
     assert removed_digest(any_store, "y") == ""
     lift_deleted(any_store, "x", ["a", "never deleted"])

@@ -184,7 +184,7 @@ def test_sync_adopts_what_is_unchanged_and_equals_a_fresh_build(
     recipe: RetrievalRecipe, stub: StubEncoder, blocks_of_one: None, tmp_path: Path
 ) -> None:
     first = build(change(recipe, index={"shard_chunks": 20}), stub)
-    recipe = change(recipe, index={"shard_chunks": 20})
+    recipe = change(recipe, index={"shard_chunks": 20, "compact_above": 1.0})
     stub.embedded()
     rows = corpus_rows(recipe)
     rows[2]["text"] = rows[2]["text"].replace("temperate", "tropical")
