@@ -17,7 +17,7 @@ from tests.retrieval.vector_data import Vectors, build, unit_vectors
 ROWS, DIMENSION = 300, 16
 INDEXED = ("hnsw", "ivf_flat", "ivf_pq")
 WORDS = (0, -1, 1, 2**31 - 1, -(2**31), 2**40, 2**62, -(2**63))
-OTHER_KINDS = ("IVF4,SQ8", "IVF4_HNSW8,Flat", "LSH", "PCA8,Flat", "IVF4,Flat,RFlat", "PQ4", "Flat")
+OTHER_KINDS = ("IVF4,SQ8", "IVF4_HNSW8,Flat", "PCA8,Flat", "IVF4,Flat,RFlat", "PQ4", "Flat")
 
 
 def damaged_bytes(content: bytes, rng: np.random.Generator) -> Iterator[bytes]:
