@@ -27,9 +27,9 @@ from cluster.cache import cache_directory
 from cluster.errors import ArtifactError
 
 BASE_TIMEOUT_S = 120.0
-"""Starting Python and FAISS takes 1 s here, and much longer on a machine that swaps."""
+"""For starting Python and FAISS: long, because a machine that swaps is no reason to refuse a good file."""
 BYTES_PER_S = 20e6
-"""Slowest reading and checking that is waited for; 1.5 GB took 10 s here."""
+"""Slowest reading and checking that is waited for: a guess on the safe side, not a measurement."""
 BASE_BYTES = 1 << 30
 """Address space that checking may take, beside six times the file."""
 CHECKS = 1

@@ -38,18 +38,19 @@ __all__ = ["VectorIndex", "VectorPolicy", "build_vector_index", "choose_kind"]
 
 SAME_SCORE = 1e-5  # two float32 sums of one inner product differ by less
 FLAT_ROWS = 20_000
-"""Up to here `auto` is flat: 30 MB of 384 dimensions, scanned in about a millisecond, needing no training."""
+"""Up to here `auto` is flat: 30 MB of 384 dimensions, exact, needing no training. Not yet chosen by measurement."""
 IVF_FLAT_ROWS = 500_000
 """Up to here `auto` keeps float vectors in the index; above, codes of one byte for 8 dimensions, rescored.
-Measured at 300,000 × 384, recall@10 above 0.97, against flat at batch 64: ivf_flat 63 times the queries/s with 460 MB,
-ivf_pq 134 times with 19 MB. Rescoring reads the mapped vectors, which is slow while they are not in the page cache: no
-reason to depend on it where the float vectors are small."""
+One run at 300,000 × 384 on a loaded machine, sides not alternating, flat timed once: at batch 64 ivf_flat (nprobe 4,
+recall@10 0.987) had 63 times flat's queries/s, ivf_pq (nprobe 4, 10 candidates per place, 0.974) 134 times. By
+arithmetic they hold 460 MB and about 20 MB. The threshold between is a judgement: rescoring reads the mapped vectors,
+which is slow while they are not in the page cache, and small float vectors need not depend on it."""
 SMALLEST_INDEXED = 256
 """Shards with fewer rows (of an update, say) are flat whatever the recipe says: too few to train lists or codes on."""
 HNSW_NEIGHBOURS = 32
 HNSW_CONSTRUCTION = 80
 HNSW_ONE_THREAD_ROWS = 100_000
-"""One thread builds about 1,500 rows/s; above this the same graph every time is not worth the wait."""
+"""Above this the same graph every time is not worth one thread's wait. Not yet chosen by measurement."""
 TRAINING_ROWS_PER_LIST = 40
 """FAISS wants at least 39; 256 (its most) cost six times the time."""
 PQ_TRAINING_ROWS = 32_768
