@@ -5,17 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
 
 from cluster.errors import UserError
+from cluster.recipe import load_recipe
 from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import Artifact, Attempt, Store
 from retrieval import evaluate as module
+from retrieval.cli import index_app
 from retrieval.config import RetrievalRecipe
 from retrieval.evaluate import MODES, evaluate_retrieval, read_retrieval_report
 from retrieval.evaluate_cli import parse_ks, parse_modes
 from retrieval.evaluate_view import render_text
 from retrieval.judged import choose_questions, read_judged
 from retrieval.records import Golden, Hit, Passage, Question
+from tests.retrieval.tiny import tiny_recipe
 
 DOCUMENTS = [f"d{number:02d}" for number in range(30)]
 KINDS = ("capital", "area")
@@ -218,3 +224,86 @@ def test_grades_reach_ndcg(
     # dense: q0 finds d00 (grade 2) first and d05 (grade 1) sixth, q1 finds d01 second
     first = (2 + 1 / math.log2(7)) / (2 + 1 / math.log2(3))
     assert report["modes"]["dense"]["nDCG@10"]["value"] == pytest.approx((first + 1 / math.log2(3)) / 2, abs=1e-6)
+
+
+def write_recipe(folder: Path, corpus: Path, encoder: Path, **search: object) -> Path:
+    sections = tiny_recipe(folder, corpus, encoder).model_dump(mode="json")
+    sections["search"] |= search
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return file
+
+
+def index_commands() -> typer.Typer:
+    app = typer.Typer()
+    app.add_typer(index_app(lambda path, overrides: load_recipe(path, overrides, RetrievalRecipe)), name="index")
+    return app
+
+
+def write_span_questions(path: Path, corpus: Path) -> Path:
+    rows = []
+    for document in map(json.loads, corpus.read_text(encoding="utf-8").splitlines()):
+        start = document["text"].index("total:")
+        golden = {"doc_id": document["_id"], "start": start, "end": document["text"].index("sq km")}
+        rows.append({"_id": document["_id"], "text": f"area of {document['title']}", "golden": [golden]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_index_evaluate_scores_what_the_index_can_serve_and_says_what_it_cannot(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, corpus_path, encoder_path)
+    questions = write_span_questions(tmp_path / "questions.jsonl", corpus_path)
+    runner, app = CliRunner(), index_commands()
+    runner.invoke(app, ["index", "build", str(recipe)], catch_exceptions=False)
+    command = ["index", "evaluate", str(recipe), "--questions", str(questions), "--k", "1,5"]
+    done = runner.invoke(app, command, catch_exceptions=False)
+    told = " ".join(done.stdout.split())
+    assert "dense lexical hybrid" in told
+    assert "8 questions" in told
+    assert "Ranked: passages" in told
+    assert "reranked is left out: search.rerank names no cross-encoder" in told
+    report = Store(str(tmp_path / "store")).open("report", "tiny-retrieval")
+    for name in ("retrieval.json", "retrieval.png", "ranks.jsonl"):
+        assert str(report.path(name)) in done.stdout.replace("\n", "")
+    # BM25 finds the one passage that holds both words of each question
+    assert read_retrieval_report(report)["modes"]["lexical"]["recall@1"]["value"] == 1
+    with pytest.raises(UserError, match=r"^--modes: reranked cannot be evaluated: search\.rerank names no"):
+        runner.invoke(app, [*command, "--modes", "reranked"], catch_exceptions=False)
+    with pytest.raises(UserError, match=r"^questions\.path is empty"):
+        runner.invoke(app, ["index", "evaluate", str(recipe)], catch_exceptions=False)
+
+
+def test_index_evaluate_lexical_index_leaves_dense_out(tmp_path: Path, corpus_path: Path, encoder_path: Path) -> None:
+    recipe = write_recipe(tmp_path, corpus_path, encoder_path, mode="lexical")
+    questions = write_span_questions(tmp_path / "questions.jsonl", corpus_path)
+    runner, app = CliRunner(), index_commands()
+    runner.invoke(app, ["index", "build", str(recipe)], catch_exceptions=False)
+    done = runner.invoke(app, ["index", "evaluate", str(recipe), "--questions", str(questions)], catch_exceptions=False)
+    assert "dense is left out:" in done.stdout
+    assert "hybrid is left out:" in done.stdout
+    report = read_retrieval_report(Store(str(tmp_path / "store")).open("report", "tiny-retrieval"))
+    assert list(report["modes"]) == ["lexical"]
+    assert report["differences"] == {}
+
+
+def test_reranked_hits_come_before_the_first_searchs_other_hits() -> None:
+    reranked, plain = RankedSearch([1] * 20), RankedSearch([9] * 20)
+    both = module._Reranked(reranked, plain, 4)
+    hits = both(["3"], 10)[0]
+    assert [hit.passage.doc_id for hit in hits] == [
+        "d03",
+        "d00",
+        "d01",
+        "d02",
+        "d04",
+        "d05",
+        "d06",
+        "d07",
+        "d08",
+        "d09",
+    ]
+    assert reranked.calls == [(1, 4)]
+    assert [hit.passage.doc_id for hit in both(["3"], 3)[0]] == ["d03", "d00", "d01"]
+    assert plain.calls == [(1, 10)]
