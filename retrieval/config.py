@@ -100,8 +100,6 @@ class IndexConfig(Section):
     """k of that recall."""
     recall_sample: int = Field(default=200, ge=1)
     """Chunks used as queries to tune and measure recall, for the manifest."""
-    refine: Literal["float32", "float16", "int8"] = "float16"
-    """How `ivf_pq` keeps the vectors that its candidates are rescored with."""
     shard_chunks: int = Field(default=1_000_000, ge=1)
     """Most chunks of a shard; shards are built in parallel."""
     compact_above: float = Field(default=0.2, gt=0, le=1)

@@ -107,8 +107,6 @@ def index_config(recipe: RetrievalRecipe) -> dict[str, Any]:
     if mode != "lexical":
         names = ("kind", "recall_target", "recall_at", "recall_sample", "shard_chunks")
         config["index"] = {name: getattr(settings, name) for name in names}
-        if settings.kind in ("auto", "ivf_pq"):
-            config["index"]["refine"] = settings.refine
         if recipe.encoder.precision != "auto":
             config["encoder"]["precision"] = recipe.encoder.precision
     if mode == "auto":
@@ -350,13 +348,13 @@ def run_phases(
     read = read_corpus(job, scan, workers, recipe.corpus.strict)
     clock.lap("read_s")
     plan = plan_corpus(job, scan, workers)
+    if settle is not None:
+        settle(job, plan)
     if recipe.corpus.strict and plan.first_rejected:
         raise UserError(f"corpus.path: {plan.first_rejected} (corpus.strict)")
     if plan.rows + plan.base.kept_rows == 0:
         why = f" (first rejected: {plan.first_rejected})" if plan.first_rejected else ""
         raise UserError(f"corpus.path: {recipe.corpus.path} holds no text to index{why}")
-    if settle is not None:
-        settle(job, plan)
     clock.lap("plan_s")
     embedded = embed_corpus(job, plan, workers)
     clock.lap("embed_s")
