@@ -131,7 +131,7 @@ class RetrieverTraining(Section):
     """Divides the cosine similarities in the loss."""
     max_questions: int = Field(default=20_000, ge=2)
     """Most training questions; kinds of question and documents are spread evenly."""
-    hard_negatives: int = Field(default=1, ge=0)
+    hard_negatives: int = Field(default=2, ge=0)
     """Hard negatives per question, mined from the current index."""
     mining_depth: int = Field(default=50, ge=1)
     """Hits per question that hard negatives are chosen from."""

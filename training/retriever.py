@@ -67,7 +67,7 @@ def train_retriever(recipe: TrainingRecipe, store: Store, *, force: bool = False
         force: Publish it whatever the held-out questions say.
 
     Raises:
-        UserError: No question to train or measure on, lexical search, an encoder without safetensors weights, workers
+        UserError: No question to train or measure on, several collections, lexical search, an encoder without safetensors weights, workers
             that the cluster cannot hold, a loss that is not finite.
         NotBetterError: The encoder does not win on held-out questions, and `force` is not set. A second run says so
             again without training again, and with `force` publishes what the first has trained.
@@ -84,6 +84,12 @@ def train_retriever(recipe: TrainingRecipe, store: Store, *, force: bool = False
 
 
 def _refuse_untrainable(recipe: TrainingRecipe) -> None:
+    if recipe.collections:
+        first = next(iter(recipe.collections))
+        raise UserError(
+            f"collections: an encoder is fine-tuned for one collection; give it a recipe named {recipe.name}-{first} "
+            f"with the corpus.path of {first} and its questions: the collection will use what that recipe trains"
+        )
     if recipe.search.mode == "lexical":
         raise UserError("search.mode is lexical: BM25 has no encoder to fine-tune; set search.mode to dense or hybrid")
     if not any(encoder_directory(recipe.encoder).rglob("*.safetensors")):

@@ -55,12 +55,16 @@ class Progress:
 
     @property
     def best_step(self) -> int:
-        """Steps taken at the first of the highest validations."""
-        return next((step for step, value in self.validations if value == self.best), 0)
+        """Steps taken at the last of the highest validations: the state that was kept."""
+        return max((step for step, value in self.validations if value == self.best), default=0)
 
     def improves(self, value: float) -> bool:
-        """Whether a validation is the best so far."""
-        return not self.validations or value > self.best
+        """Whether a validation is as good as the best so far.
+
+        Of equals the later counts, which has seen more questions: on the Factbook all validations after half an epoch
+        give 1.0, and recall@1 on new documents still rose from 0.950 to 0.967 in the other half.
+        """
+        return value >= self.best
 
     def after_step(self, loss: float) -> Progress:
         """One step more."""

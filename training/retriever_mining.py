@@ -156,7 +156,7 @@ class _Searcher:
         questions = [Question.from_row(row) for row in block.to_pylist()]
         depth = min(self.recipe.retriever.mining_depth if role == TRAINING else POOL_HITS, len(self.retriever))
         answers: list[dict[str, Any]] = []
-        hits = self.retriever.search([question.text for question in questions], depth)
+        hits = self.retriever.search([question.text for question in questions], depth, mode="dense")
         for question, few in zip(questions, hits, strict=True):
             if role == TRAINING:
                 row = self.miner.row(question, few)
@@ -175,7 +175,8 @@ def open_dense(recipe: TrainingRecipe, index: Artifact) -> Retriever:
     """
     from retrieval.retriever import Retriever
 
-    retriever = Retriever.open(index, untuned(recipe), recipe.search.model_copy(update={"rerank": ""}))
+    search = recipe.search.model_copy(update={"rerank": "", "mode": "auto"})
+    retriever = Retriever.open(index, untuned(recipe), search)
     if retriever.mode == "lexical":
         raise UserError(
             f"encoder.model: {index.ref} is lexical, because {recipe.encoder.model} does not know this corpus's "
