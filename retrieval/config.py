@@ -112,10 +112,15 @@ class SearchConfig(Section):
     """How the index is searched."""
 
     mode: SearchMode = "auto"
-    """`dense`, `lexical` (BM25), `hybrid` (both, fused by reciprocal rank), or `auto`: dense, or lexical where the
+    """`dense`, `lexical` (BM25), `hybrid` (both, fused), or `auto`: dense, or lexical where the
     encoder does not know the corpus's language. With `lexical`, the index holds no embeddings."""
     candidates: int = Field(default=100, ge=1)
     """Hits of each kind that `hybrid` fuses, and of the first search that a reranker reads; at least k."""
+    fusion: Literal["convex", "rrf"] = "convex"
+    """How `hybrid` fuses: `convex` adds both scores, each scaled to 0..1 over its candidates (Bruch et al. 2022);
+    `rrf` adds reciprocal ranks."""
+    dense_weight: float = Field(default=0.6, ge=0, le=1)
+    """Share of the dense score in `convex`; the rest is the lexical score's."""
     rrf_constant: float = Field(default=60, ge=0)
     """Constant of reciprocal-rank fusion (Cormack et al. 2009): a hit at rank r counts 1 / (constant + r)."""
     rerank: str = ""
@@ -145,7 +150,7 @@ class RetrievalRecipe(BaseRecipe):
     language: Language = "en"
     """Language of prompts, abstention text and labels."""
     corpus: CorpusConfig = CorpusConfig()
-    collections: dict[str, CollectionConfig] = {}
+    collections: dict[str, CollectionConfig] = Field(default_factory=dict)
     """Collections by name (`[a-z0-9_-]`), instead of `corpus`; a search spans those that the caller may see."""
     encoder: EncoderConfig = EncoderConfig()
     chunking: ChunkingConfig = ChunkingConfig()

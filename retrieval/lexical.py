@@ -2,7 +2,7 @@
 
 In: texts. Out: an index in safe files (npy arrays without pickle, JSON), and a score of every text for a query.
 It stands in where the encoder does not know the corpus's language, and needs no encoder itself.
-Not covered: stemming, stop words.
+Not covered: stemming beyond English plurals, stop words.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _UNSPACED = (
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     "\uac00-\ud7af\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
 )
-K1, B = 0.9, 0.4
+K1, B = 0.4, 0.75
 _RUN = re.compile(rf"(?P<unspaced>[{_UNSPACED}]+)|[^\W_{_UNSPACED}]+")
 
 
 def tokenize(text: str) -> list[str]:
-    """Folded words (NFKC, case), and single characters and bigrams of runs in scripts without spaces.
+    """Folded words (NFKC, case, English plurals), and single characters and bigrams of runs in scripts without spaces.
 
     Single characters are kept beside the bigrams: they carry one-character words and runs that punctuation cuts.
     """
@@ -40,15 +40,27 @@ def tokenize(text: str) -> list[str]:
             tokens.extend(run)
             tokens.extend(run[at : at + 2] for at in range(len(run) - 1))
         else:
-            tokens.append(run)
+            tokens.append(_singular(run) if run.isascii() else run)
     return tokens
+
+
+def _singular(word: str) -> str:
+    """Harman's S-stemmer (JASIS 42, 1991): English plurals only, so that "exports" finds "export"."""
+    if len(word) > 3 and word.endswith("s"):
+        if word.endswith("ies") and not word.endswith(("eies", "aies")):
+            return word[:-3] + "y"
+        if word.endswith("es") and not word.endswith(("aes", "ees", "oes")):
+            return word[:-1]
+        if not word.endswith(("us", "ss", "es")):
+            return word[:-1]
+    return word
 
 
 class LexicalIndex:
     """BM25 in Lucene's variant, with scores computed at build time (bm25s, arXiv 2407.03618).
 
-    k1 and b are Anserini's defaults for passages; bm25s's own (1.5, 0.75) ranked first 0.5 points less often on short
-    Chinese and English chunks.
+    k1 is low because a chunk is a short text: of Factbook questions, the chunk stands in the first five of 0.82 with
+    k1 = 0.4 and b = 0.75, of 0.80 with Anserini's 0.9 and 0.4; fused with dense search, 11 and 14 of 1,000 are missed.
     """
 
     def __init__(self, bm25: Any) -> None:

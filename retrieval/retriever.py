@@ -1,9 +1,9 @@
 """Searching a published index, or a catalog of several collections.
 
 In: an index artifact (every file verified before it is parsed), and the recipe's encoder. Out: the k best passages of
-each query, best first, equal scores by chunk id: by vectors (`dense`), by words (`lexical`), or both fused by
-reciprocal rank (`hybrid`); under a filter; ordered anew by a cross-encoder where the recipe names one. Dense search
-embeds queries with the encoder that built the index and refuses any other; lexical search needs no encoder.
+each query, best first, equal scores by chunk id: by vectors (`dense`), by words (`lexical`), or both fused (`hybrid`);
+under a filter; ordered anew by a cross-encoder where the recipe names one. Dense search embeds queries with the encoder
+that built the index and refuses any other; lexical search needs no encoder.
 A catalog is searched like one index: by score where all its collections are searched alike, by reciprocal rank where
 their scores are of different kinds.
 Not covered: who the caller is; `groups` comes from the server.
@@ -20,7 +20,7 @@ from retrieval.attributes import attribute_values
 from retrieval.config import EncoderConfig, SearchConfig, SearchMode
 from retrieval.encoder import BASE_INPUT, Encoder, EncoderSource, encoder_digest, load_encoder
 from retrieval.filters import EVERYTHING, NOTHING, Filter, typed
-from retrieval.fusion import Ranking, by_reciprocal_rank, by_score
+from retrieval.fusion import Ranking, by_convex_sum, by_reciprocal_rank, by_score
 from retrieval.records import Chunk, Document, Hit, Passage
 from retrieval.shards import INDEX_FORMAT
 
@@ -283,6 +283,8 @@ class Retriever:
         told = [
             (place, score) for place, score in words if score > 0
         ]  # a passage without a word of the query has no rank
+        if self._config.fusion == "convex":
+            return by_convex_sum(dense, told, self._config.dense_weight, k, self._names)
         return by_reciprocal_rank([dense, told], self._config.rrf_constant, k, self._names)
 
     def _merged(self, queries: int, found: dict[int, list[Ranking[int]]], k: int) -> list[Ranking[Place]]:
