@@ -67,8 +67,8 @@ def train_retriever(recipe: TrainingRecipe, store: Store, *, force: bool = False
         force: Publish it whatever the held-out questions say.
 
     Raises:
-        UserError: No question to train or measure on, several collections, lexical search, an encoder without safetensors weights, workers
-            that the cluster cannot hold, a loss that is not finite.
+        UserError: No question to train or measure on, several collections, lexical search, an encoder without
+            safetensors weights, workers that the cluster cannot hold, a loss that is not finite.
         NotBetterError: The encoder does not win on held-out questions, and `force` is not set. A second run says so
             again without training again, and with `force` publishes what the first has trained.
     """

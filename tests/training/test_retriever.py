@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import training.retriever
 from cluster.errors import ArtifactError, UserError
 from cluster.store import Store
+from retrieval.config import CollectionConfig, CorpusConfig
 from retrieval.index import build_index
 from retrieval.questions import write_questions
 from retrieval.records import Golden, Passage, Question
@@ -95,7 +96,7 @@ def test_encoder_plan_version_follows_what_affects_the_weights(recipe, store):
     assert (
         encoder_plan(changed(recipe, train={"workers": 2}, retriever={"cached_texts": 9}), index).ref.version == before
     )
-    for values in ({"learning_rate": 1e-3}, {"hard_negatives": 2}, {"epochs": 1}, {"relative_margin": 0.95}):
+    for values in ({"learning_rate": 1e-3}, {"hard_negatives": 3}, {"epochs": 1}, {"relative_margin": 0.95}):
         assert encoder_plan(changed(recipe, retriever=values), index).ref.version != before
 
 
@@ -114,16 +115,13 @@ def test_index_takes_the_tuned_encoder_and_refuses_the_other(recipe, store, tune
         Retriever.open(index, elsewhere.encoder).search(["Austria"], 1)
 
 
-def test_train_retriever_that_does_not_win_publishes_nothing_until_forced(recipe, store, tuned, monkeypatch):
+def test_train_retriever_that_does_not_win_publishes_nothing_until_forced(recipe, store, tuned):
     useless = changed(recipe, retriever={"learning_rate": 1e-12, "epochs": 1})
     ref = encoder_plan(useless, untuned_index(useless, store)).ref
     with pytest.raises(NotBetterError, match=r"^retriever: not published: nDCG@10 on \d+ held-out questions \+0.0"):
         train_retriever(useless, store)
     assert not store.exists(ref)
     assert store.current("encoder", recipe.name) == tuned.ref.version
-    monkeypatch.setattr(
-        "training.retriever_worker.contrastive_step", lambda *_: pytest.fail("trained again")
-    )  # workers are other processes: what counts is resumed_at_step
     forced = train_retriever(useless, store, force=True)
     assert forced.ref == ref
     assert forced.manifest.measured["forced"]
@@ -198,6 +196,24 @@ def test_train_retriever_bad_input_is_one_line(recipe, tmp_path, encoder_path):
     assert "holds no *.safetensors weights" in refused(changed(recipe, encoder={"model": str(weightless)}))
     told = refused(changed(recipe, train={"workers": 9}, retriever={"batch_questions": 8}))
     assert told.startswith("train.workers is 9 but retriever.batch_questions is 8")
+
+
+def test_train_retriever_over_collections_is_refused_with_what_to_do(recipe):
+    collections = {"laws": CollectionConfig(corpus=CorpusConfig(path="laws"))}
+    told = refused(recipe.model_copy(update={"collections": collections, "corpus": CorpusConfig()}))
+    assert told.startswith("collections: an encoder is fine-tuned for one collection; give it a recipe named tiny-laws")
+
+
+def test_mine_a_lexical_index_is_refused(recipe, tmp_path):
+    """The encoder's vocabulary has no Chinese, so that `search.mode: auto` chose BM25."""
+    corpus = tmp_path / "corpus.jsonl"
+    row = {"_id": "d1", "title": "国家", "text": "土地面积是八十三平方公里。"}
+    corpus.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    chinese = changed(recipe, corpus={"path": str(corpus)}, store={"uri": str(tmp_path / "store")})
+    index = build_index(chinese, Store(chinese.store.uri))
+    questions = {TRAINING: [Question("q", "?", ("a",), (Golden("d1"),), "train")], VALIDATION: [], HELD_OUT: []}
+    with pytest.raises(UserError, match=r"^encoder.model: index/tiny/\w+ is lexical"):
+        mine(chinese, index, questions, frozenset())
 
 
 def test_train_retriever_golden_places_outside_the_index_are_named(recipe, tmp_path):

@@ -22,7 +22,9 @@ def question(answers: tuple[str, ...] = ("83",), golden: tuple[Golden, ...] = (G
 
 
 def miner(chunks: list[Chunk], held_out: frozenset[str] = frozenset(), **settings: object) -> RowMiner:
-    return RowMiner(RetrieverTraining.model_validate(settings), 17, by_document(chunks), held_out)
+    return RowMiner(
+        RetrieverTraining.model_validate({"hard_negatives": 1} | settings), 17, by_document(chunks), held_out
+    )
 
 
 def row_of(made: TrainingRow | str) -> TrainingRow:
