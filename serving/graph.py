@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
 
+    from cluster.store import Artifact
+    from retrieval.retriever import Retriever
+
 INGRESS_CPUS = 0.1
 SEARCH_BATCH = 32
 CONSTRUCTOR_TRIES = 1  # what fails to load is damaged or does not fit, and will not fit the next time
@@ -257,7 +260,7 @@ def served_release(recipe: ServingRecipe, store: Store, release: Release) -> Ser
         examples=examples,
         generation=recipe.generation,
         seed=recipe.seed,
-        passages=int(store.open_ref(release.index).manifest.counts["chunks"]),
+        passages=_public_chunks(store.open_ref(release.index)),
     )
 
 
@@ -292,4 +295,22 @@ def open_retriever(encoder: dict[str, Any], search: dict[str, Any], store_uri: s
     artifact = Store(store_uri).open_ref(ArtifactRef.parse(index))
     retriever = Retriever.open(artifact, EncoderConfig(**encoder), SearchConfig(**search))
     retriever.search(["warm up"], 1)  # the encoder is loaded at the first search: 5 s that no user should wait
-    return retriever
+    return PublicSearch(retriever)
+
+
+class PublicSearch:
+    """A retriever as a caller without any group sees it: collections with `access` are not there."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        """Wrap an opened retriever."""
+        self._retriever = retriever
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """The k best public hits of each query."""
+        return self._retriever.search(queries, k, groups=frozenset())
+
+
+def _public_chunks(index: Artifact) -> int:
+    """Chunks that everybody may see; a catalog counts them apart."""
+    counts = index.manifest.counts
+    return int(counts.get("public_chunks", counts["chunks"]))

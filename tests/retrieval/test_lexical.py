@@ -1,10 +1,12 @@
 import math
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.errors import ArtifactError
 from retrieval.lexical import K1, B, LexicalIndex, tokenize
 
 TEXTS = ["黑豹队的防守只丢了308分", "卡罗来纳黑豹队赢得了比赛", "the Panthers' defense gave up 308 points", "", "。！"]
@@ -50,3 +52,39 @@ def test_lexical_files_hold_no_pickle(tmp_path: Path) -> None:
 
 def test_lexical_index_of_texts_without_words_scores_zero() -> None:
     assert LexicalIndex.build(["", "!"]).scores("word").tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("written", "folded"),
+    [
+        ("exports", "export"),
+        ("industries", "industry"),
+        ("houses", "house"),
+        ("gas", "gas"),
+        ("glass", "glass"),
+        ("campus", "campus"),
+        ("shoes", "shoes"),
+        ("größes", "grösses"),
+    ],
+)
+def test_english_plurals_are_folded_and_other_words_kept(written: str, folded: str) -> None:
+    assert tokenize(written) == [folded]
+
+
+def test_damaged_lexical_files_are_refused_and_never_crash(tmp_path: Path) -> None:
+    LexicalIndex.build([f"{text} {place}" for place in range(30) for text in TEXTS]).save(tmp_path)
+    generator = random.Random(6)
+    refused = 0
+    for _ in range(150):
+        file = generator.choice(sorted(tmp_path.iterdir()))
+        content = file.read_bytes()
+        damaged = bytearray(content)
+        for _ in range(generator.randrange(1, 4)):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        file.write_bytes(damaged[: generator.choice([len(damaged), generator.randrange(len(damaged))])])
+        try:
+            assert LexicalIndex.load(tmp_path).scores("Panthers 308").shape == (150,)
+        except ArtifactError:
+            refused += 1
+        file.write_bytes(content)
+    assert refused > 50
