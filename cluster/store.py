@@ -197,6 +197,13 @@ class Store:
         with self.blames_uri():
             return claim_work_directory(self._work_root(ref))
 
+    def discard_work(self, ref: ArtifactRef) -> None:
+        """Remove the work directory that this process holds for a version that will not be published after all."""
+        root = self._work_root(ref)
+        release_work_directory(root, remove=True)
+        with contextlib.suppress(OSError):
+            root.rmdir()
+
     def _work_root(self, ref: ArtifactRef) -> Path:
         if isinstance(self.storage, LocalStorage):
             return self.storage.root / str(ref)
@@ -327,13 +334,13 @@ class Attempt:
                 "purged": tuple(sorted({*old.purged, *purged})),
             }
             data = self.store.storage.read(key)
+            shutil.rmtree(artifact.cached_copy(), ignore_errors=True)  # before the swap: who dies after it leaves none
             same = hashlib.sha256(data).hexdigest() == artifact.manifest_sha256
             new = render_manifest(old.model_copy(update=changes))
             self._published = same and self.store.storage.replace_if(key, new, data)
             if not self._published:
                 raise ArtifactError(f"{self.ref}: its files were replaced meanwhile; run the same command again")
             self.store.storage.delete(f"{self.ref}/{old.attempt}")
-        shutil.rmtree(artifact.cached_copy(), ignore_errors=True)
         return self.store.open_ref(self.ref)
 
     def _seal(self) -> Iterator[FileEntry]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from cluster.errors import ArtifactError
 from retrieval.config import ChunkingConfig
 from retrieval.encoder import Encoder, EncoderSource, Precision
 from retrieval.parts import Parts
@@ -41,6 +42,8 @@ class BaseVersion:
     store_uri: str
     ref: str
     """`index/<name>/<version>`"""
+    attempt: str = ""
+    """Directory of its files when the build began: a purge replaces them."""
     merge: Merge = "reuse"
     deleted: tuple[str, ...] = ()
     """Document ids that a delta deletes."""
@@ -49,11 +52,18 @@ class BaseVersion:
     precision: str = ""
 
     def directory(self) -> Path:
-        """Its files, verified (once per process)."""
+        """Its files, verified (once per process).
+
+        Raises:
+            ArtifactError: missing or damaged, or a purge has replaced them since the build began.
+        """
         from cluster.manifest import ArtifactRef
         from cluster.store import Store
 
-        return Store(self.store_uri).open_ref(ArtifactRef.parse(self.ref)).directory()
+        artifact = Store(self.store_uri).open_ref(ArtifactRef.parse(self.ref))
+        if artifact.manifest.attempt != self.attempt:
+            raise ArtifactError(f"{self.ref}: a document was purged from it meanwhile; run the same command again")
+        return artifact.directory()
 
     def open(self) -> tuple[IndexFile, list[ShardReader]]:
         """Its table of contents and shards."""

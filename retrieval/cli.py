@@ -31,10 +31,12 @@ ShownMode = Literal["dense", "lexical", "hybrid"]
 def index_app(load: Callable[[str, list[str]], RetrievalRecipe]) -> typer.Typer:
     """The `index` sub-app over recipes that `load` (path, overrides) reads."""
     from retrieval.evaluate_cli import register_evaluate
+    from retrieval.update_cli import register_update
 
     app = typer.Typer(no_args_is_help=True, help="Build, search and measure the index of a document collection.")
     _register_build(app, load)
     _register_search(app, load)
+    register_update(app, load)
     register_evaluate(app, load)
     return app
 

@@ -175,6 +175,7 @@ def base_version(store: Store, name: str, merge: Merge = "reuse", deleted: tuple
     return BaseVersion(
         store_uri=store.uri,
         ref=str(manifest.ref),
+        attempt=manifest.attempt,
         merge=merge,
         deleted=deleted,
         mode=measured["mode"],

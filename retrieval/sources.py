@@ -106,6 +106,17 @@ def list_files(path: str, key: str = "corpus.path") -> CorpusFiles:
     return _choose(path, base, pattern, found, key)
 
 
+def corpus_root(path: str) -> str:
+    """What the names of a corpus's files are relative to, whether or not it is there now; see `list_files`."""
+    import pyarrow.fs as pafs
+
+    base, pattern = _split_glob(path)
+    filesystem, inner = open_filesystem(base)
+    if pattern or filesystem.get_file_info(inner).type != pafs.FileType.File:
+        return base
+    return _single_file(base, inner, 0, "corpus.path").root
+
+
 def _single_file(base: str, inner: str, size: int, key: str) -> CorpusFiles:
     name = PurePosixPath(inner).name
     if suffix(name) not in (*TEXT_SUFFIXES, *CONVERTED_SUFFIXES, *ROW_SUFFIXES):
