@@ -133,7 +133,7 @@ def evaluate_retrieval(
             "evaluate": {"modes": list(searches), "k": list(ks), "depth": depth, "resamples": RESAMPLES},
             "search": recipe.search.model_dump(exclude={"gpu", "mode"}),
         },
-        inputs={"questions": judged.digest},
+        inputs={"questions": judged.digest, **_reranker_input(recipe, searches)},
         parents={"index": index.ref},
         format=REPORT_FORMAT,
         seed=recipe.seed,
@@ -154,6 +154,15 @@ def evaluate_retrieval(
         return Outcome(counts={"questions": len(judged.questions), "modes": len(searches)})
 
     return run_stage(store, plan, build)
+
+
+def _reranker_input(recipe: RetrievalRecipe, searches: Mapping[EvaluatedMode, Search]) -> dict[str, str]:
+    """The cross-encoder's digest, where it is evaluated: its path alone would not tell another model."""
+    if "reranked" not in searches:
+        return {}
+    from cluster.model_source import local_model_directory, model_digest
+
+    return {"search.rerank": model_digest(local_model_directory(recipe.search.rerank, None, key="search.rerank"))}
 
 
 def read_retrieval_report(report: Artifact) -> dict[str, Any]:
