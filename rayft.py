@@ -318,24 +318,57 @@ def release(
     """Release what the recipe has built so far (the index, and the adapters if there are any) and promote it."""
     from cluster.releases import promote
     from cluster.store import Store
-    from retrieval.index import index_plan
-    from training.lora import ROLES, adapter_plan
-    from training.samples import samples_plan
 
     loaded = load(recipe, overrides or [])
     store = Store(loaded.store.uri)
-    index = store.open_ref(index_plan(loaded, store).ref)
-    samples = None
-    adapters: dict[str, Artifact] = {}
-    if loaded.questions.path and store.exists(plan := samples_plan(loaded, index).ref):
-        samples = store.open_ref(plan)
-        for objective, role in ROLES.items():
-            if store.exists(trained := adapter_plan(loaded, samples, objective).ref):
-                adapters[role] = store.open_ref(trained)
+    index = current_index(loaded, store)
+    samples, adapters = trained_on(loaded, store, index)
     ref = release_of(loaded, store, index, samples, adapters)
     if not no_promote:
         promote(store, loaded.name, ref.version)
     say(f"release: {ref} with {', '.join(['index', *adapters])} is {'published' if no_promote else 'promoted'}")
+
+
+def current_index(recipe: Recipe, store: Store) -> Artifact:
+    """The index that was built or updated last.
+
+    Raises:
+        UserError: It was built otherwise than the recipe says.
+    """
+    from cluster.manifest import plain
+    from retrieval.index import index_config
+
+    index = store.open("index", recipe.name)
+    if not recipe.collections and index.manifest.config != plain(index_config(recipe)):
+        raise UserError(f"{index.ref} was built with other settings than the recipe has: run `rayft index build` first")
+    return index
+
+
+def trained_on(recipe: Recipe, store: Store, index: Artifact) -> tuple[Artifact | None, dict[str, Artifact]]:
+    """Samples and adapters of the index. Where none were made from this version of it, those of the promoted release:
+    the index moves on without retraining."""
+    from cluster.model_source import model_digest
+    from cluster.releases import KIND, open_release
+    from training.base_model import base_model_directory
+    from training.format import FORMAT_VERSION
+    from training.lora import ROLES, adapter_plan
+    from training.samples import samples_plan
+
+    samples, adapters = None, {}
+    if recipe.questions.path and store.exists(plan := samples_plan(recipe, index).ref):
+        samples = store.open_ref(plan)
+        for objective, role in ROLES.items():
+            if store.exists(trained := adapter_plan(recipe, samples, objective).ref):
+                adapters[role] = store.open_ref(trained)
+    if adapters or store.current(KIND, recipe.name) is None:
+        return samples, adapters
+    before = open_release(store, recipe.name)
+    agreed = (before.base_digest, before.prompt_format)
+    if not before.adapters or agreed != (model_digest(base_model_directory(recipe.model)), FORMAT_VERSION):
+        return samples, adapters
+    say(f"release: keeps the adapters of {before.ref}, which were trained on an earlier version of the index")
+    kept = None if before.samples is None else store.open_ref(before.samples)
+    return kept, {role: store.open_ref(ref) for role, ref in before.adapters.items()}
 
 
 @app.command()
