@@ -52,6 +52,11 @@ def test_whole_documents_rank_by_their_best_passage_and_success_counts_passages(
     assert (found["success@1"], found["success@3"]) == (0, 1)
 
 
+def test_a_document_keeps_its_best_rank_when_it_is_found_again() -> None:
+    found = values(Question("q", "?", golden=(Golden("a"),)), [hit("a"), hit("x"), hit("a", 10, 20)])
+    assert (found["MRR@10"], found["recall@1"]) == (1, 1)
+
+
 def test_spans_rank_passages_and_other_passages_of_the_document_do_not_count() -> None:
     question = Question("q", "?", golden=(Golden("a", 40, 50),))
     found = values(question, [hit("a", 0, 30), hit("a", 30, 44), hit("a", 44, 60), hit("b")])
