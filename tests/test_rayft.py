@@ -14,6 +14,7 @@ import yaml
 import rayft
 from cluster.errors import UserError
 from cluster.recipe import load_recipe
+from cluster.releases import open_release
 from cluster.store import Store
 
 ROOT = Path(rayft.__file__).parent
@@ -183,3 +184,12 @@ def test_demo_on_a_small_region_builds_measures_and_serves_and_skips_the_second_
     edited = run("samples", "build", "small.yaml", "--set", "samples.distractors=3", cwd=tmp_path, timeout_s=300)
     assert "index: up to date" in edited.stdout
     assert "samples.distractors changed from 2 to 3" in edited.stdout
+
+    served = open_release(store, "small")
+    moved = run("index", "update", "small.yaml", "--delete", "kz", cwd=tmp_path, timeout_s=300)
+    assert moved.returncode == 0, moved.stderr[-3000:]
+    released = run("release", "small.yaml", cwd=tmp_path, timeout_s=300)
+    assert "keeps the adapters" in released.stdout
+    after = open_release(store, "small")
+    assert after.adapters == served.adapters and after.samples == served.samples
+    assert after.index != served.index and after.index.version == store.current("index", "small")
