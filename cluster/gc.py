@@ -60,6 +60,8 @@ def collect(store: Store, *, keep: int = 3, min_age_s: float | None = None, dry_
             if is_version(PurePosixPath(removal.key).name):  # first it stops being an artifact, then it goes
                 store.storage.delete(f"{removal.key}/{MANIFEST}")
             store.storage.delete(removal.key)
+            if isinstance(store.storage, LocalStorage) and not _is_held(store, removal.key):
+                lock_of(store.storage.root / removal.key).unlink(missing_ok=True)
     return removals
 
 

@@ -9,7 +9,7 @@ row group is never divided. Not covered: reading the blocks (`readers.py`).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,10 @@ class Rejection(Record):
     place: str
     reason: str
     bytes: int
+
+    def is_about(self, doc_ids: Container[str]) -> bool:
+        """Whether it names one of these documents: by id, or by a file whose name is the id."""
+        return self.place.removeprefix("id ") in doc_ids or self.uri in doc_ids
 
     def describe(self) -> str:
         """`name, place: reason`."""

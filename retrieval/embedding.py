@@ -152,7 +152,7 @@ def _cut(job: BuildJob, content: BlockContent) -> _BlockRows:
     documents: list[dict[str, Any]] = []
     chunks: list[dict[str, Any]] = []
     ids: list[dict[str, Any]] = []
-    rejected = list(content.rejected)
+    rejected = [rejection for rejection in content.rejected if not rejection.is_about(job.removed)]
     removed = 0
     for document in content.documents:
         if document.doc_id in job.removed:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import locks
 from cluster.errors import ArtifactError, UserError
@@ -148,15 +148,10 @@ def _may_run(store: Store, key: str, no_builds: bool) -> bool:
     return not no_builds
 
 
-def _rejected_rows(directory: Path) -> pa.Table:
+def _rejections(directory: Path) -> list[Rejection]:
     import pyarrow.parquet as pq
 
-    return pq.read_table(directory / REJECTED_FILE)
-
-
-def _about(row: Mapping[str, Any], doc_id: str) -> bool:
-    """Whether a row of `rejected.parquet` is about the document: it names the id, or a file whose name the id is."""
-    return bool(row["place"] == f"id {doc_id}" or row["uri"] == doc_id)
+    return [Rejection.from_row(row) for row in pq.read_table(directory / REJECTED_FILE).to_pylist()]
 
 
 def _holds(artifact: Artifact, doc_id: str) -> bool:
@@ -167,7 +162,7 @@ def _holds(artifact: Artifact, doc_id: str) -> bool:
     _, shards = open_shards(directory)
     if any(_shard_holds(shard, doc_id) for shard in shards):
         return True
-    return any(_about(row, doc_id) for row in _rejected_rows(directory).to_pylist())
+    return any(rejection.is_about({doc_id}) for rejection in _rejections(directory))
 
 
 def _shard_holds(shard: ShardReader, doc_id: str) -> bool:
@@ -287,8 +282,7 @@ def _rewrite_rejected(directory: Path, attempt: Attempt, doc_id: str) -> int:
     """Write `rejected.parquet` without rows about the document; returns their number."""
     import pyarrow as pa
 
-    rows = _rejected_rows(directory).to_pylist()
-    kept = [row for row in rows if not _about(row, doc_id)]
+    kept = [rejection.to_row() for rejection in _rejections(directory) if not rejection.is_about({doc_id})]
     Parts(attempt.uri).write_table(REJECTED_FILE, pa.Table.from_pylist(kept, schema=Rejection.schema()))
     return len(kept)
 
