@@ -26,9 +26,14 @@ COMMANDS = (
     ["doctor"],
     ["index", "build"],
     ["index", "search"],
+    ["index", "update"],
+    ["index", "purge"],
+    ["index", "evaluate"],
+    ["questions", "generate"],
     ["samples", "build"],
     ["samples", "show"],
     ["train", "lora"],
+    ["train", "retriever"],
 )
 
 
