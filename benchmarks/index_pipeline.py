@@ -79,10 +79,10 @@ def run_pipeline(work: Work) -> tuple[float, Artifact]:
     """Seconds of a whole build into an empty store."""
     from retrieval.index import build_index
 
-    folder = tempfile.mkdtemp(prefix="index-pipeline-")
-    began = time.perf_counter()
-    artifact = build_index(work.recipe, Store(folder))
-    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory(prefix="index-pipeline-") as folder:
+        began = time.perf_counter()
+        artifact = build_index(work.recipe, Store(folder))
+        seconds = time.perf_counter() - began
     assert int(artifact.manifest.counts["chunks"]) == len(work.texts), "the sides saw different chunks"
     return seconds, artifact
 
