@@ -264,6 +264,7 @@ def _same_texts(job: BuildJob, ordinal: int, rows: Rows, shards: list[ShardReade
     offset = 0
     for shard in shards:
         inside = np.flatnonzero((there >= offset) & (there < offset + shard.rows))
+        inside = inside[np.argsort(there[inside])]  # in row order, as the shard's text lies
         theirs = shard.search_texts(there[inside] - offset)
         equal[inside] = [text == ours[place] for place, text in zip(inside, theirs, strict=True)]
         offset += shard.rows

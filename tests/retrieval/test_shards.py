@@ -141,3 +141,29 @@ def test_open_malformed_files_raises_artifact_errors_only(tmp_path: Path) -> Non
             assert "chunks" in file.name, error
         file.write_bytes(good)
     assert refused > 40
+
+
+def test_rows_are_read_in_any_order_without_copying_their_columns(tmp_path: Path) -> None:
+    text = "long text " * 400
+    chunks = [dataclasses.replace(CHUNKS[0], chunk_id=f"c{n}", text=f"{text}{n}") for n in range(400)]
+    rows = [{**chunk.to_row(), "text_key": 0} for chunk in chunks]
+    folder = tmp_path / "shards" / new_shard_id()
+    batches = pa.Table.from_pylist(rows, chunk_schema()).to_batches(max_chunksize=50)
+    documents = iter(pa.Table.from_pylist([], document_schema()).to_batches())
+    entry = write_shard(folder, documents, iter(batches), None, VectorPolicy.of(IndexConfig(), seed=1))
+    shard = ShardReader.open(tmp_path, entry)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        wanted = np.array([399, 3, 4, 120, 0])
+        read = [Chunk.from_row(row) for batch in shard.batches(wanted) for row in batch.to_pylist()]
+        names = shard.chunk_ids(wanted)
+        assert not list(shard.batches(wanted[:0])) and shard.chunk_ids([]) == []
+    finally:
+        pa.set_memory_pool(before)
+    assert read == [chunks[row] for row in wanted] and names == [chunks[row].chunk_id for row in wanted]
+    assert pool.max_memory() < 20 * len(text) < 400 * len(text)
+    everything = np.arange(400)[::-1]
+    assert shard.chunk_ids(everything) == [chunks[row].chunk_id for row in everything]
+    texts = shard.search_texts(everything)
+    assert all(text.endswith(f" {row}") for text, row in zip(texts, everything, strict=True))
