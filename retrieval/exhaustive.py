@@ -52,8 +52,15 @@ def rescore(queries: Vectors, vectors: Vectors, rows: Rows, k: int) -> tuple[Vec
     """The k best of each query's candidates `rows` (q, c), -1 where none, by their exact inner products."""
     import numpy as np
 
-    gathered = np.take(vectors, np.maximum(rows, 0), axis=0)  # (q, c, dim)
-    scores = np.matmul(gathered, queries[:, :, None])[:, :, 0]
+    scores = np.empty(rows.shape, dtype=np.float32)
+    most = max(1, GATHER_BYTES // (4 * vectors.shape[1]))
+    width = max(1, min(most, rows.shape[1]))
+    height = max(1, most // width)
+    for top in range(0, rows.shape[0], height):
+        for left in range(0, rows.shape[1], width):
+            part = slice(top, top + height), slice(left, left + width)
+            gathered = np.take(vectors, np.maximum(rows[part], 0), axis=0)  # (height, width, dim)
+            scores[part] = np.matmul(gathered, queries[part[0], :, None])[:, :, 0]
     scores[rows < 0] = -np.inf
     return _best_of(scores, rows, k)
 
