@@ -276,12 +276,15 @@ class ObjectStorage:
         return sorted(PurePosixPath(found).name for found in listed["common_prefixes"])
 
     def files(self, prefix: str) -> list[StoredFile]:
-        """Every object under the prefix."""
+        """Every object under the prefix, but not the empty ones that pyarrow writes to stand for a folder."""
         found = []
+        folders = {"."}
         for meta in self._list(prefix):
-            path = PurePosixPath(meta["path"]).relative_to(prefix).as_posix()
-            found.append(StoredFile(path, meta["size"], meta["last_modified"].timestamp()))
-        return sorted(found, key=lambda file: file.path)
+            path = PurePosixPath(meta["path"]).relative_to(prefix)
+            folders.update(map(str, path.parents))
+            found.append(StoredFile(path.as_posix(), meta["size"], meta["last_modified"].timestamp()))
+        files = (file for file in found if file.size or file.path not in folders)
+        return sorted(files, key=lambda file: file.path)
 
     def _list(self, prefix: str) -> Iterator[Any]:
         import obstore

@@ -139,7 +139,8 @@ def copy_tree(folder: Path, uri: str) -> None:
     filesystem, inner = open_filesystem(uri)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         target = join_path(inner, file.relative_to(folder).as_posix())
-        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        if "://" not in uri:  # in an object store it would write an empty object that stands for the folder
+            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         with file.open("rb") as source, filesystem.open_output_stream(target) as sink:
             while block := source.read(1 << 20):
                 sink.write(block)

@@ -411,3 +411,13 @@ def test_publish_purged_replaces_the_files_of_a_version_and_says_so(any_store):
     with any_store.attempt(new.ref) as again:
         again.adopt(new, {"rest": "rest"})
         assert again.publish_purged(new, ["cd" * 32], {}, {}).manifest.purged == ("ab" * 32, "cd" * 32)
+
+
+def test_empty_objects_that_stand_for_folders_are_no_files_of_an_artifact():
+    store = object_store()
+    with store.attempt(plan().ref) as attempt:
+        write_files(attempt)
+        for folder in ("", "/deep"):
+            store.storage.replace(f"{plan().ref}/{attempt.id}{folder}", b"")
+        artifact = attempt.publish(plan())
+    assert {entry.path for entry in artifact.manifest.files} == set(FILES)
