@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import ArtifactError, UserError
-from retrieval.filters import All, AnyOf, Exists, Filter, Not, OneOf, Range, Scalar, TypedScalar, typed
+from retrieval.filters import All, AnyOf, Exists, Filter, Kind, Not, OneOf, Range, Scalar, TypedScalar, typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ MASK_SHARE = 64
 
 Column = Literal["text", "whole", "real", "bool"]
 """How a value is kept: bytes, int64, float64, int64."""
-_KIND_COLUMNS: dict[str, tuple[Column, ...]] = {"text": ("text",), "number": ("whole", "real"), "bool": ("bool",)}
+_KIND_COLUMNS: dict[Kind, tuple[Column, ...]] = {"text": ("text",), "number": ("whole", "real"), "bool": ("bool",)}
 
 
 def attribute_values(row: Mapping[str, Any]) -> dict[str, list[TypedScalar]]:
@@ -281,6 +281,13 @@ class Attributes:
     def keys(self) -> list[str]:
         """The keys that some row has a value of, sorted."""
         return sorted(self._slices)
+
+    def kinds(self) -> dict[str, set[Kind]]:
+        """The kinds of the values that rows have of each key."""
+        return {
+            key: {kind for kind, columns in _KIND_COLUMNS.items() if any(column in found for column in columns)}
+            for key, found in self._slices.items()
+        }
 
     def rows(self, wanted: Filter) -> Rows:
         """The rows that match, sorted, distinct, (n,) int64, read-only; remembered for the next search."""

@@ -6,20 +6,26 @@ answers at once. A further command is a function `register_…(app, load)` in a 
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cluster.errors import UserError
+from cluster.progress import complain
 from retrieval.config import RetrievalRecipe
+from retrieval.filters import Exists, Filter, Kind, OneOf, conditions_of, parse_filter
 
 if TYPE_CHECKING:
-    from retrieval.filters import Filter
     from retrieval.records import Hit
 
 SNIPPET_CHARS = 160
+DEFAULT_K = 5
+KEYS_SHOWN = 12
+COLLECTION = "collection"
+_KIND_NAMES: dict[Kind, str] = {"text": "text", "number": "numbers", "bool": "true or false"}
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
 SetOption = Annotated[
@@ -63,7 +69,7 @@ def _register_search(app: typer.Typer, load: Callable[[str, list[str]], Retrieva
     def search(
         recipe: RecipeArgument,
         query: Annotated[str, typer.Argument(help="What to look for.")],
-        k: Annotated[int, typer.Option("-k", min=1, help="Passages to print.")] = 5,
+        k: Annotated[int | None, typer.Option("-k", min=1, help="Passages to print; else 5.")] = None,
         where: Annotated[
             str, typer.Option("--filter", metavar="JSON", help='Only such passages: {"year": {"gte": 2020}}.')
         ] = "",
@@ -71,16 +77,20 @@ def _register_search(app: typer.Typer, load: Callable[[str, list[str]], Retrieva
         overrides: SetOption = None,
     ) -> None:
         """Print the passages of the current index that fit QUERY best."""
-        wanted: dict[str, Any] = {"filter": read_filter(where)} if where else {}
-        wanted |= {"mode": mode} if mode else {}
+        if not query.strip():
+            raise UserError("search: the query is empty")
+        wanted = read_filter(where) if where else None
         from cluster.store import Store
         from retrieval.retriever import Retriever
 
         loaded = load(recipe, overrides or [])
         artifact = Store(loaded.store.uri).open("index", loaded.name)
         retriever = Retriever.open(artifact, loaded.encoder, loaded.search)
-        for hit in retriever.search([query], k, key="-k", **wanted)[0]:
+        hits = retriever.search([query], k or min(DEFAULT_K, len(retriever)), key="-k", filter=wanted, mode=mode)[0]
+        for hit in hits:
             typer.echo(describe_hit(hit))
+        if not hits and wanted is not None:
+            complain(f"--filter: {explain_no_hits(wanted, retriever.kinds(), retriever.collections)}")
 
 
 def read_filter(text: str, key: str = "--filter") -> Filter:
@@ -89,13 +99,36 @@ def read_filter(text: str, key: str = "--filter") -> Filter:
     Raises:
         UserError: naming `key`.
     """
-    from retrieval.filters import parse_filter
-
     try:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f'{key}: not JSON ({error}): write it as \'{{"tenant": "acme"}}\'') from None
     return parse_filter(value, key)
+
+
+def explain_no_hits(wanted: Filter, known: Mapping[str, set[Kind]], collections: Sequence[str] = ()) -> str:
+    """Why a filter may match nothing: a key or collection that is not there, or values of another kind."""
+    keys = sorted(known)
+    for condition in conditions_of(wanted):
+        key = condition.key
+        if key not in known:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f", did you mean {near[0]}?" if near else ";"
+            more = ", …" if len(keys) > KEYS_SHOWN else ""
+            return f"no passage matches: no document has {key!r}{hint} keys are {', '.join(keys[:KEYS_SHOWN])}{more}"
+        if isinstance(condition, Exists):
+            continue
+        if condition.kind not in known[key]:
+            found = " and ".join(_KIND_NAMES[kind] for kind in sorted(known[key]))
+            return f"no passage matches: {key} holds {found}, the filter asks for {_KIND_NAMES[condition.kind]}"
+        if (
+            collections
+            and key == COLLECTION
+            and isinstance(condition, OneOf)
+            and not {*condition.values} & {*collections}
+        ):
+            return f"no passage matches: the collections are {', '.join(collections)}"
+    return "no passage matches"
 
 
 def describe_hit(hit: Hit) -> str:

@@ -17,7 +17,7 @@ import difflib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -241,6 +241,18 @@ def one_of(key: str, values: Iterable[TypedScalar]) -> Filter:
 
 def _plain(kind: Kind, value: Scalar) -> Any:
     return bool(value) if kind == "bool" else value
+
+
+def conditions_of(wanted: Filter) -> Iterator[OneOf | Range | Exists]:
+    """The conditions on single keys that a filter is made of, in its order."""
+    if isinstance(wanted, All | AnyOf):
+        for part in wanted.parts:
+            yield from conditions_of(part)
+    elif isinstance(wanted, Not):
+        yield from conditions_of(wanted.part)
+    else:
+        assert isinstance(wanted, OneOf | Range | Exists), f"unknown filter {type(wanted).__name__}"
+        yield wanted
 
 
 def parse_filter(value: Any, key: str = "filter") -> Filter:

@@ -19,7 +19,7 @@ from cluster.errors import ArtifactError, UserError
 from retrieval.attributes import attribute_values
 from retrieval.config import EncoderConfig, SearchConfig, SearchMode
 from retrieval.encoder import BASE_INPUT, Encoder, EncoderSource, encoder_digest, load_encoder
-from retrieval.filters import EVERYTHING, NOTHING, Filter, typed
+from retrieval.filters import EVERYTHING, NOTHING, Filter, Kind, typed
 from retrieval.fusion import Ranking, by_convex_sum, by_reciprocal_rank, by_score
 from retrieval.records import Chunk, Document, Hit, Passage
 from retrieval.shards import INDEX_FORMAT
@@ -182,6 +182,23 @@ class Retriever:
         found = self._find(queries, depth, searched, mode or self._config.mode)
         hits = self._hits(found, searched)
         return self._load_reranker().rerank(queries, hits, k) if self._config.rerank else hits
+
+    def kinds(self) -> dict[str, set[Kind]]:
+        """The keys that a filter may name, and the kinds of their values."""
+        found: dict[str, set[Kind]] = {}
+        for member in self._members:
+            for key, kinds in member.searcher.kinds().items():
+                found.setdefault(key, set()).update(kinds)
+        return {**found, COLLECTION: {"text"}} if self.collections else found
+
+    @property
+    def collections(self) -> list[str]:
+        """Names of a catalog's collections."""
+        return [member.collection for member in self._members if member.collection]
+
+    def holds(self, doc_id: str) -> bool:
+        """Whether a document of that id has a passage here."""
+        return any(member.searcher.holds(doc_id) for member in self._members)
 
     def chunks(self) -> Iterator[Chunk]:
         """Chunks that are not deleted, in document and offset order, collection by collection."""

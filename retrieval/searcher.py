@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ArtifactError
-from retrieval.filters import Filter
+from retrieval.filters import Filter, Kind, OneOf
 from retrieval.fusion import Ranking, best_rows, by_score
 from retrieval.lexical import LexicalIndex
 from retrieval.records import Chunk, Document
@@ -133,6 +133,19 @@ class IndexSearcher:
     def has_words(self) -> bool:
         """Whether it can be searched lexically."""
         return bool(self._lexical)
+
+    def kinds(self) -> dict[str, set[Kind]]:
+        """The keys that a filter may name, deleted rows' included, and the kinds of their values."""
+        found: dict[str, set[Kind]] = {}
+        for shard in self._shards:
+            for key, kinds in shard.reader.attributes.kinds().items():
+                found.setdefault(key, set()).update(kinds)
+        return found
+
+    def holds(self, doc_id: str) -> bool:
+        """Whether a document of that id has a passage that is not deleted."""
+        wanted = OneOf("doc_id", "text", (doc_id,))
+        return any(len(shard.allowed(wanted)) for shard in self._shards)
 
     def dense(self, vectors: Vectors, k: int, wanted: Filter | None) -> list[Ranking[int]]:
         """The k best allowed rows of each query, by inner product.
