@@ -54,7 +54,7 @@ def score(recipe: Recipe, index: Artifact, questions: Sequence[Question]) -> dic
     """Dense and hybrid on the same questions: measures per question."""
     judged = choose_questions(questions, list({question.split for question in questions}))
     assert len(judged.questions) == len(questions), "every question must name a golden place"
-    searches, _, rows = open_searches(recipe, index, ("dense", "hybrid"))
+    searches, _, rows, _ = open_searches(recipe, index, ("dense", "hybrid"))
     rankings = rank_all(judged, searches, min(DEPTH, rows))
     return {mode: measure(found, (1, 3, MISS_AT), DEPTH) for mode, found in rankings.items()}
 

@@ -14,7 +14,7 @@ import functools
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from cluster.errors import UserError
@@ -33,7 +33,7 @@ EvaluatedMode = Literal["dense", "lexical", "hybrid", "reranked"]
 MODES: tuple[EvaluatedMode, ...] = get_args(EvaluatedMode)
 DEFAULT_KS = (1, 3, 5, 10)
 JSON_FILE, PLOT_FILE, RANKS_FILE = "retrieval.json", "retrieval.png", "ranks.jsonl"
-REPORT_FORMAT = 1
+REPORT_FORMAT = 2
 DEPTH = 100  # passages searched per question, or the largest k: MAP and the collapse to documents need more than k
 RESAMPLES = 2000
 BATCH_QUERIES = 64
@@ -50,7 +50,7 @@ class Search(Protocol):
 
 def open_searches(
     recipe: RetrievalRecipe, index: Artifact, modes: Sequence[EvaluatedMode] = ()
-) -> tuple[dict[EvaluatedMode, Search], dict[EvaluatedMode, str], int]:
+) -> tuple[dict[EvaluatedMode, Search], dict[EvaluatedMode, str], int, Callable[[str], bool]]:
     """The ways in which `index` can be searched.
 
     Args:
@@ -59,7 +59,8 @@ def open_searches(
         modes: Modes that must be there; none asks for all that the index can serve.
 
     Returns:
-        Searches by mode, why each other mode is left out, and the number of passages of the index.
+        Searches by mode, why each other mode is left out, the number of passages of the index, and whether it holds
+        a document.
 
     Raises:
         UserError: a mode of `modes` cannot be served.
@@ -85,7 +86,7 @@ def open_searches(
             left_out[mode] = str(error)
         else:
             searches[mode] = search
-    return searches, left_out, len(plain)
+    return searches, left_out, len(plain), plain.holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,25 @@ def evaluate_retrieval(
     index: Artifact,
     judged: Judged,
     modes: Sequence[EvaluatedMode] = (),
-    ks: Sequence[int] = DEFAULT_KS,
+    ks: Sequence[int] = (),
 ) -> Artifact:
     """Score every mode on the same questions and publish the report.
 
+    Args:
+        recipe: Its encoder and search sections.
+        store: Where the report goes.
+        index: Of kind `index`.
+        judged: The questions.
+        modes: Modes that must be there; none asks for all that the index can serve.
+        ks: Depths of recall; none takes those of 1, 3, 5 and 10 that the index can fill.
+
     Raises:
-        UserError: a mode of `modes` cannot be served, or the largest of `ks` is above the number of passages.
+        UserError: a mode of `modes` cannot be served, the largest of `ks` is above the number of passages, or the
+            index holds no golden document at all.
     """
-    searches, left_out, rows = open_searches(recipe, index, modes)
+    searches, left_out, rows, holds = open_searches(recipe, index, modes)
+    ks = ks or [k for k in DEFAULT_KS if k <= rows]
+    missing = without_golden_in(judged, holds, index)
     if max(ks) > rows:
         raise UserError(f"--k: {max(ks)} is more than the {rows} passages of {index.ref}: give at most {rows}")
     depth = min(rows, max(DEPTH, *ks))
@@ -147,13 +159,35 @@ def evaluate_retrieval(
             "encoder": index.manifest.measured.get("encoder", ""),
             "settings": {"k": list(ks), "depth": depth, "resamples": RESAMPLES, "seed": recipe.seed},
             "left_out": left_out,
-            **summarise(judged, rankings, ks, depth, recipe.seed),
+            **summarise(judged, rankings, ks, depth, recipe.seed, missing),
             "latency_ms": measure_latency(judged, searches, max(ks), recipe.seed),
         }
         _write_files(attempt, content, judged, rankings)
         return Outcome(counts={"questions": len(judged.questions), "modes": len(searches)})
 
     return run_stage(store, plan, build)
+
+
+def without_golden_in(judged: Judged, holds: Callable[[str], bool], index: Artifact) -> int:
+    """The number of questions of which no golden document is in the index; says so, for each counts as a miss.
+
+    Raises:
+        UserError: none of all questions' is.
+    """
+    missing = [q for q in judged.questions if not any(holds(place.doc_id) for place in q.golden)]
+    if not missing:
+        return 0
+    example = missing[0].golden[0].doc_id
+    if len(missing) == len(judged.questions):
+        raise UserError(
+            f"questions: {index.ref} holds none of the golden documents of {len(missing)} questions (the first is "
+            f"{example!r}): give questions about its corpus; `rayft index search` shows ids"
+        )
+    say(
+        f"index: no golden document of {len(missing)} of {len(judged.questions)} questions is in {index.ref} (the "
+        f"first is {example!r}): they count as misses"
+    )
+    return len(missing)
 
 
 def _reranker_input(recipe: RetrievalRecipe, searches: Mapping[EvaluatedMode, Search]) -> dict[str, str]:
@@ -189,9 +223,12 @@ def rank_all(judged: Judged, searches: Mapping[EvaluatedMode, Search], depth: in
 
 
 def summarise(
-    judged: Judged, rankings: Mapping[str, Sequence[Ranking]], ks: Sequence[int], depth: int, seed: int
+    judged: Judged, rankings: Mapping[str, Sequence[Ranking]], ks: Sequence[int], depth: int, seed: int, missing: int
 ) -> dict[str, Any]:
-    """Measures of each mode, paired differences against the first (dense, where it is there), slices by kind."""
+    """Measures of each mode, paired differences against the first (dense, where it is there), slices by kind.
+
+    `missing` is the number of questions that no search of this index could get right.
+    """
     values = {mode: measure(found, ks, depth) for mode, found in rankings.items()}
     reference, *others = values
     kinds: dict[str, list[int]] = {}
@@ -206,7 +243,12 @@ def summarise(
     for question in judged.questions:
         splits[question.split] = splits.get(question.split, 0) + 1
     return {
-        "questions": {"asked": len(judged.questions), "without_golden": judged.without_golden, "splits": splits},
+        "questions": {
+            "asked": len(judged.questions),
+            "without_golden": judged.without_golden,
+            "golden_missing": missing,
+            "splits": splits,
+        },
         "ranked": _ranked(judged.questions),
         "reference": reference,
         "modes": modes,

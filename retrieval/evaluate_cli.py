@@ -36,11 +36,13 @@ def register_evaluate(app: typer.Typer, load: Callable[[str, list[str]], Retriev
             str, typer.Option(help="Splits, such as test_new_documents; for BEIR the name of the qrels file (test).")
         ] = "",
         modes: Annotated[str, typer.Option(help=f"Some of {','.join(MODES)}; else all that the index can serve.")] = "",
-        k: Annotated[str, typer.Option("--k", help="Depths of recall, such as 1,3,5,10.")] = "1,3,5,10",
+        k: Annotated[
+            str, typer.Option("--k", help="Depths of recall, such as 1,5; else those of 1,3,5,10 that the index fills.")
+        ] = "",
         overrides: SetOption = None,
     ) -> None:
         """Score dense, lexical, hybrid and reranked search side by side: recall, MRR, nDCG, MAP, with intervals."""
-        ks, named = parse_ks(k), parse_modes(modes) if modes else ()
+        ks, named = parse_ks(k) if k else (), parse_modes(modes) if modes else ()
         splits = [part.strip() for part in split.split(",") if part.strip()]
         from cluster.store import Store
         from retrieval.judged import read_judged

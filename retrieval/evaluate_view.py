@@ -52,6 +52,8 @@ def _measures_table(report: Mapping[str, Any]) -> str:
         f"Ranked: {report['ranked']}, from {settings['depth']} passages a question. success@k: a golden place in the "
         f"first k passages. Brackets: 95% bootstrap interval. ms: {timed['n']} lone queries, k={timed['k']}."
     )
+    if asked["golden_missing"]:
+        caption += f" Misses because no golden document is in the index: {asked['golden_missing']}."
     if asked["without_golden"]:
         caption += f" Questions left out because they name no golden place: {asked['without_golden']}."
     return _table(title, ["", *modes], rows, caption)

@@ -70,7 +70,7 @@ def recipe(store: Store) -> RetrievalRecipe:
 def searches(monkeypatch: pytest.MonkeyPatch) -> dict[str, RankedSearch]:
     found = {"dense": RankedSearch(DENSE), "hybrid": RankedSearch(HYBRID)}
     left_out = {"reranked": "search.rerank names no cross-encoder"}
-    monkeypatch.setattr(module, "open_searches", lambda *_: (found, left_out, len(DOCUMENTS)))
+    monkeypatch.setattr(module, "open_searches", lambda *_: (found, left_out, len(DOCUMENTS), DOCUMENTS.__contains__))
     return found
 
 
@@ -135,6 +135,37 @@ def test_more_than_the_index_holds_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"^--k: 31 is more than the 30 passages"):
         evaluate_retrieval(recipe, store, index, choose_questions(QUESTIONS), ks=(1, 31))
+
+
+def test_golden_documents_that_the_index_lacks_are_told_and_none_at_all_is_refused(
+    store: Store,
+    recipe: RetrievalRecipe,
+    index: Artifact,
+    searches: dict[str, RankedSearch],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = [Question(f"x{number}", f"{number}", golden=(Golden(f"other-{number}"),)) for number in range(3)]
+    judged = choose_questions([*QUESTIONS, *elsewhere])
+    report = read_retrieval_report(evaluate_retrieval(recipe, store, index, judged))
+    assert "no golden document of 3 of 23 questions is in index/tiny/" in capsys.readouterr().out
+    assert report["questions"]["golden_missing"] == 3
+    assert "no golden document is in the index: 3" in " ".join(render_text(report).split())
+    with pytest.raises(
+        UserError, match=r"holds none of the golden documents of 3 questions \(the first is 'other-0'\)"
+    ):
+        evaluate_retrieval(recipe, store, index, choose_questions(elsewhere))
+
+
+def test_without_depths_a_small_index_is_measured_at_those_it_can_fill(
+    store: Store,
+    recipe: RetrievalRecipe,
+    index: Artifact,
+    searches: dict[str, RankedSearch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "open_searches", lambda *_: (searches, {}, 4, DOCUMENTS.__contains__))
+    report = read_retrieval_report(evaluate_retrieval(recipe, store, index, choose_questions(QUESTIONS)))
+    assert report["settings"]["k"] == [1, 3]
 
 
 def test_questions_of_training_are_left_out_unless_named() -> None:
