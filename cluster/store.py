@@ -166,7 +166,7 @@ class Store:
                 return
             before = None if expected is None else f"{expected}\n".encode()
             swapped = self.storage.replace_if(key, data, before)
-        if not swapped:
+        if not swapped and self.current(ref.kind, ref.name) != ref.version:  # else a twin has done it
             raise ArtifactError(
                 f"{ref.kind}/{ref.name}: {self.current(ref.kind, ref.name) or 'no version'} became current while "
                 f"{ref.version} was built upon {expected or 'none'}, so {ref.version} did not; nothing is lost: run "

@@ -50,6 +50,8 @@ class BaseVersion:
     mode: Mode = "dense"
     encoder_digest: str = ""
     precision: str = ""
+    rows: int = 0
+    """Deleted ones included."""
 
     def directory(self) -> Path:
         """Its files, verified (once per process).

@@ -194,6 +194,13 @@ def _chunker(source: EncoderSource, chunking: ChunkingConfig) -> Chunker:
     return Chunker(encoder_tokenizer(source.directory()), chunking)
 
 
+def plan_part(job: BuildJob, ordinal: int) -> str:
+    """Name of the part with the plan of a block's rows. It names rows of the base version, so that a second builder of
+    the same version, over another base and with the same parts (in an object store), has its own."""
+    base = f"-{job.base.ref.rpartition('/')[2]}-{job.base.attempt}" if job.base is not None else ""
+    return part_name(f"{PLAN}{base}", ordinal, ".npz")
+
+
 def vectors_part(ordinal: int, precision: str, embed: Rows) -> str:
     """Name of the part with the embeddings of the rows `embed` of a block; other rows have another name."""
     rows = hashlib.blake2b(precision.encode() + embed.astype("<i8").tobytes(), digest_size=8).hexdigest()
@@ -212,7 +219,7 @@ class EmbedParts:
 
     def embed(self, ordinal: int) -> dict[str, Any]:
         """Embed one block's rows unless that is done; returns ordinal, texts embedded now, and seconds of encoding."""
-        rows = self._job.parts.read_arrays(part_name(PLAN, ordinal, ".npz"))["embed"]
+        rows = self._job.parts.read_arrays(plan_part(self._job, ordinal))["embed"]
         name = vectors_part(ordinal, self._job.precision, rows)
         if not len(rows) or self._job.parts.exists(name):
             return {"ordinal": ordinal, "texts": 0, "seconds": 0.0}

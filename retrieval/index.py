@@ -15,7 +15,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ArtifactError, UserError
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = 2
 SMALL_UPDATE_BYTES = 16 * 1024 * 1024
+SMALL_BASE_ROWS = 200_000
+"""Rows of a base version up to which a small update runs in the driver: BM25 of all rows is built there too."""
 CORPUS_INPUT = "corpus.path"
 REMOVED_INPUT = "removed documents"
 
@@ -134,26 +137,48 @@ def build_index(recipe: RetrievalRecipe, store: Store, *, make_encoder: MakeEnco
         return build_collections(recipe, store)
     check_chunks_fit(recipe, encoder_source(recipe, store))
     plan = index_plan(recipe, store)
+    expected = _current_or_any(store, recipe.name)
     base = base_version(store, recipe.name)
-    build = functools.partial(build_into, recipe, store, base=base, make_encoder=make_encoder)
-    artifact = run_stage(store, plan, refuses_lately_removed(store, plan, build))
+    build = functools.partial(
+        build_into, recipe, store, base=base, source=planned_encoder(recipe, store, plan), make_encoder=make_encoder
+    )
+    artifact = run_stage(store, plan, with_planned_ledger(store, plan, build), expected=expected)
     finish_work(store, plan.ref)
     return artifact
 
 
-def refuses_lately_removed(
-    store: Store, plan: Plan, build: Callable[[Attempt], Outcome]
-) -> Callable[[Attempt], Outcome]:
-    """`build`, refused at its end where a document was deleted or purged since `plan` was made: it may hold it."""
+def _current_or_any(store: Store, name: str) -> str | EllipsisType | None:
+    """What must still be current when a build ends: a version that deletes a document may be published meanwhile, and
+    must not be replaced by one that was planned before. A damaged `current` may be replaced."""
+    try:
+        return store.current("index", name)
+    except ArtifactError:
+        return ...
+
+
+def planned_encoder(recipe: RetrievalRecipe, store: Store, plan: Plan) -> EncoderSource:
+    """The encoder that `plan` was made with; another may have been published since."""
+    parent = plan.parents.get("encoder")
+    return EncoderSource(recipe.encoder, store.uri, str(parent)) if parent else EncoderSource(recipe.encoder)
+
+
+def with_planned_ledger(store: Store, plan: Plan, build: Callable[..., Outcome]) -> Callable[[Attempt], Outcome]:
+    """`build`, given the ledger that `plan` was made with as `removed`, and refused where the ledger is another before
+    it (its parts would lack what the plan has) or at its end (its files may hold what was deleted or purged since)."""
 
     def guarded(attempt: Attempt) -> Outcome:
-        outcome = build(attempt)
-        if removed_digest(store, plan.name) != plan.inputs.get(REMOVED_INPUT, ""):
+        removed = removed_ids(store, plan.name)
+        require_planned(removed.digest)
+        outcome = build(attempt, removed=removed)
+        require_planned(removed_digest(store, plan.name))
+        return outcome
+
+    def require_planned(digest: str) -> None:
+        if digest != plan.inputs.get(REMOVED_INPUT, ""):
             raise UserError(
                 f"index: documents were deleted from index/{plan.name} while it was being built; nothing is published: "
                 "run the same command again"
             )
-        return outcome
 
     return guarded
 
@@ -181,6 +206,7 @@ def base_version(store: Store, name: str, merge: Merge = "reuse", deleted: tuple
         mode=measured["mode"],
         encoder_digest=str(measured.get("encoder_digest", "")),
         precision=str(measured.get("precision", "")),
+        rows=int(measured.get("rows", 0)),
     )
 
 
@@ -222,6 +248,7 @@ def build_into(
     scan: CorpusScan | None = None,
     settle: Callable[[BuildJob, RowPlan], None] | None = None,
     removed: RemovedIds | None = None,
+    source: EncoderSource | None = None,
     make_encoder: MakeEncoder = Encoder,
 ) -> Outcome:
     """Run all phases and write every file of the artifact into `attempt`.
@@ -235,12 +262,13 @@ def build_into(
         scan: The documents to add; by default the recipe's corpus.
         settle: Called once the rows are planned and before anything is embedded; may raise to stop.
         removed: Documents to leave out; by default those in the ledger.
+        source: The encoder; by default the one that the recipe means now.
         make_encoder: See `build_index`.
     """
     removed = removed_ids(store, recipe.name) if removed is None else removed
     if scan is None:
         scan = scan_corpus(recipe.corpus, recipe.seed)
-    source = encoder_source(recipe, store)
+    source = encoder_source(recipe, store) if source is None else source
     share = unknown_share(encoder_tokenizer(source.directory()), scan.sample)
     mode = _choose_mode(recipe, share, base)
     if base is not None and base.mode != mode:
@@ -251,6 +279,7 @@ def build_into(
         job = _job(recipe, store, attempt, mode, source, base, workers)
         job = dataclasses.replace(job, removed=removed, make_encoder=make_encoder)
         built = run_phases(job, scan, workers, recipe, settle)
+        _remove_other_shards(store, attempt, built.shards)
         shards, placed = _all_shards(store, attempt, job, built)
         began = time.perf_counter()
         lexical = write_lexical(job.uri, placed, workers)
@@ -272,7 +301,9 @@ def build_into(
 def _may_run_alone(recipe: RetrievalRecipe, scan: CorpusScan, base: BaseVersion | None) -> bool:
     """A corpus of one block gives workers nothing to share, and starting Ray takes longer than the work itself; so does
     reading a small corpus again for an update."""
-    small_update = base is not None and base.merge != "reuse" and scan.bytes <= SMALL_UPDATE_BYTES
+    small_update = (
+        base is not None and base.merge != "reuse" and base.rows <= SMALL_BASE_ROWS and scan.bytes <= SMALL_UPDATE_BYTES
+    )
     here = recipe.ray.address is None and "RAY_ADDRESS" not in os.environ and not recipe.encoder.gpus_per_actor
     return here and recipe.encoder.actors == 1 and (len(scan.blocks) == 1 or small_update)
 
@@ -378,6 +409,13 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = round(now - self._last, 3)
         self._last = now
+
+
+def _remove_other_shards(store: Store, attempt: Attempt, shards: Sequence[ShardEntry]) -> None:
+    """Remove what a worker that died has left of a shard: Ray runs its task again, which writes another shard."""
+    folder = f"{attempt.ref}/{attempt.id}/{SHARDS_FOLDER}"
+    for name in set(store.storage.folders(folder)) - {entry.shard_id for entry in shards}:
+        store.storage.delete(f"{folder}/{name}")
 
 
 def _all_shards(

@@ -23,12 +23,12 @@ from retrieval.documents import Rejection, join_path, open_filesystem, repeated_
 from retrieval.embedding import (
     CHUNKS,
     IDS,
-    PLAN,
     REJECTED,
     KeySet,
     document_key,
     id_key,
     ids_schema,
+    plan_part,
 )
 from retrieval.parts import Parts, part_name
 from retrieval.records import Document
@@ -104,7 +104,7 @@ def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
     for ordinal, kept in enumerate(rows):
         own = source[start : start + len(kept)]
         start += len(kept)
-        job.parts.write_arrays(part_name(PLAN, ordinal, ".npz"), rows=kept, source=own, embed=embed[ordinal])
+        job.parts.write_arrays(plan_part(job, ordinal), rows=kept, source=own, embed=embed[ordinal])
     base, merged = _change_base(job, documents, later, sum(map(len, rows))) if job.keeps_rows else (BaseChange(), {})
     added = [chunks[~gone] for gone, chunks in documents.by_block(later, documents.chunks)]
     shards = _divide_merged(merged, added, job.shard_chunks)

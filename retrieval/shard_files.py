@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from retrieval.build_job import BuildJob
 from retrieval.chunking import embedding_text
-from retrieval.embedding import CHUNKS, DOCUMENTS, PLAN, vectors_part
+from retrieval.embedding import CHUNKS, DOCUMENTS, plan_part, vectors_part
 from retrieval.parts import copy_tree, local_or_none, part_name
 from retrieval.shards import (
     BATCH_ROWS,
@@ -95,7 +95,7 @@ def _merged_rows(job: BuildJob, piece: MergedPiece) -> tuple[ShardReader, Rows]:
 
 
 def _piece_rows(job: BuildJob, piece: Piece) -> Rows:
-    rows: Rows = job.parts.read_arrays(part_name(PLAN, piece.ordinal, ".npz"))["rows"]
+    rows: Rows = job.parts.read_arrays(plan_part(job, piece.ordinal))["rows"]
     return rows[piece.start : piece.stop]
 
 
@@ -161,7 +161,7 @@ class _VectorSource:
         self._part = functools.lru_cache(maxsize=4)(self._read_part)
 
     def _plan(self, ordinal: int) -> dict[str, Rows]:
-        return self._job.parts.read_arrays(part_name(PLAN, ordinal, ".npz"))
+        return self._job.parts.read_arrays(plan_part(self._job, ordinal))
 
     def _read_part(self, ordinal: int) -> Vectors:
         name = vectors_part(ordinal, self._job.precision, self.plan(ordinal)["embed"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
@@ -36,9 +36,10 @@ from retrieval.index import (
     finish_work,
     index_config,
     index_plan,
-    refuses_lately_removed,
+    planned_encoder,
+    with_planned_ledger,
 )
-from retrieval.ledger import add_deleted, lift_deleted, removed_digest, removed_ids
+from retrieval.ledger import RemovedIds, add_deleted, lift_deleted, removed_digest, removed_ids
 from retrieval.shards import INDEX_FORMAT
 from retrieval.sources import corpus_root
 
@@ -81,6 +82,10 @@ class UpdateReport:
 
 class _NothingToDoError(Exception):
     """A delta whose documents are all in the index already."""
+
+
+class _NothingLeftError(UserError):
+    """A delta that deletes every document."""
 
 
 def update_index(
@@ -189,11 +194,15 @@ def _update_by_delta(
     digest = corpus_digest(source, key="--upsert") if upsert else ""
     _require_known(store, recipe.name, base, delete)
     brought = _ids_of(scan) if delete or removed_digest(store, recipe.name) else set()
-    lift_deleted(store, recipe.name, brought)
-    add_deleted(store, recipe.name, [doc_id for doc_id in delete if doc_id not in brought])
+    before = lift_deleted(store, recipe.name, brought)
+    gone = [doc_id for doc_id in delete if doc_id not in brought]
+    add_deleted(store, recipe.name, gone)
     plan = _delta_plan(recipe, store, base, fingerprint([digest, sorted(delete)]))
     try:
-        return _publish(recipe, store, plan, base, scan, make_encoder)
+        return _publish(recipe, store, plan, base, scan, make_encoder, upsert)
+    except _NothingLeftError:  # refused as a whole: the next build must not do it after all
+        lift_deleted(store, recipe.name, [doc_id for doc_id in gone if doc_id not in before])
+        raise
     except _NothingToDoError:
         store.discard_work(plan.ref)
         finish_work(store, plan.ref)
@@ -252,17 +261,22 @@ def _require_known(store: Store, name: str, base: BaseVersion, delete: tuple[str
     wanted = [doc_id for doc_id in delete if doc_id not in removed]
     if not wanted:
         return
-    present = {
-        doc_id
-        for shard in base.open()[1]
-        for batch in shard.document_batches(("doc_id",))
-        for doc_id in batch.column("doc_id").to_pylist()
-    }
-    for doc_id in wanted:
-        if doc_id not in present:
-            like = difflib.get_close_matches(doc_id, sorted(present)[:IDS_COMPARED], NEAREST_IDS)
-            hint = f"; the nearest are {', '.join(like)}" if like else ""
-            raise UserError(f"--delete: {base.ref} holds no document {doc_id}{hint}")
+    missing = dict.fromkeys(wanted)
+    some: list[str] = []
+    for doc_id in _live_ids(base):
+        missing.pop(doc_id, None)
+        if len(some) < IDS_COMPARED:
+            some.append(doc_id)
+    for doc_id in missing:
+        like = difflib.get_close_matches(doc_id, some, NEAREST_IDS)
+        hint = f"; the nearest are {', '.join(like)}" if like else ""
+        raise UserError(f"--delete: {base.ref} holds no document {doc_id}{hint}")
+
+
+def _live_ids(base: BaseVersion) -> Iterator[str]:
+    for shard in base.open()[1]:
+        for batch in shard.document_batches(("doc_id",)):
+            yield from batch.column("doc_id").to_pylist()
 
 
 # --- both
@@ -275,23 +289,42 @@ def _publish(
     base: BaseVersion,
     scan: CorpusScan | None,
     make_encoder: MakeEncoder,
+    upsert: str = "",
 ) -> Artifact:
     began = time.monotonic()
     plans: list[RowPlan] = []
 
     def settle(_: BuildJob, rows: RowPlan) -> None:
         plans.append(rows)
-        if base.merge == "delta" and not rows.documents and not rows.base.deleted_documents:
+        if base.merge != "delta":
+            return
+        if not rows.documents and not rows.base.deleted_documents:
+            if rows.rejected:
+                raise UserError(
+                    f"--upsert: nothing in {upsert} is new, and {rows.rejected:,} of its documents were rejected, the "
+                    f"first {rows.first_rejected}"
+                )
             raise _NothingToDoError
-        if base.merge == "delta" and not rows.rows and not rows.base.kept_rows:
-            raise UserError(f"--delete: nothing would be left in index/{recipe.name}; an index needs a document")
+        if not rows.rows and not rows.base.kept_rows:
+            left = f"nothing would be left in index/{recipe.name}; an index needs a document"
+            raise _NothingLeftError(f"--delete: {left}")
 
-    def build(attempt: Attempt) -> Outcome:
-        outcome = build_into(recipe, store, attempt, base=base, scan=scan, settle=settle, make_encoder=make_encoder)
+    def build(attempt: Attempt, removed: RemovedIds) -> Outcome:
+        outcome = build_into(
+            recipe,
+            store,
+            attempt,
+            base=base,
+            scan=scan,
+            settle=settle,
+            removed=removed,
+            source=planned_encoder(recipe, store, plan),
+            make_encoder=make_encoder,
+        )
         report = _report(plans[0], outcome, time.monotonic() - began)
         return dataclasses.replace(outcome, measured={**outcome.measured, "update": dataclasses.asdict(report)})
 
-    artifact = run_stage(store, plan, refuses_lately_removed(store, plan, build), expected=_version(base))
+    artifact = run_stage(store, plan, with_planned_ledger(store, plan, build), expected=_version(base))
     finish_work(store, plan.ref)
     if plans:
         say(f"index: {UpdateReport(**artifact.manifest.measured['update']).describe()}")

@@ -328,6 +328,8 @@ def test_set_current_with_expected_refuses_what_another_published_meanwhile(any_
     assert any_store.current("index", "x") == second.version
     any_store.set_current(first, expected=second.version)
     assert any_store.current("index", "x") == first.version
+    any_store.set_current(first, expected=second.version)  # a twin that built the same was first: nothing to refuse
+    assert any_store.current("index", "x") == first.version
 
 
 def test_adopted_files_are_those_of_the_parent_and_outlive_it(any_store, monkeypatch):

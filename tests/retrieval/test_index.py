@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from cluster.errors import ArtifactError, UserError
 from cluster.store import Artifact, Store
 from retrieval import index
+from retrieval.build_job import BaseVersion
 from retrieval.config import ChunkingConfig, IndexConfig, RetrievalRecipe
+from retrieval.documents import scan_corpus
 from retrieval.encoder import BASE_INPUT, EncoderSource, encoder_digest, encoder_source
-from retrieval.index import build_index, index_plan
+from retrieval.index import base_version, build_index, index_plan
 from retrieval.ledger import add_deleted
 from retrieval.metrics import recall_at_k
 from retrieval.records import Golden, Question
@@ -258,3 +261,35 @@ def test_tuned_encoder_of_the_recipe_is_taken_as_parent_and_another_is_not(
     assert index.manifest.parents == {"encoder": str(artifact.ref)}
     assert index.manifest.counts["reused"] == 0
     assert index.manifest.measured["encoder_digest"] == source.digest() != EncoderSource(recipe.encoder).digest()
+
+
+def test_an_encoder_published_while_an_index_is_built_waits_for_the_next_build(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
+    store = Store(recipe.store.uri)
+    tuned = tiny_encoder(tmp_path / "tuned", seed=8)
+
+    def after_planning(*arguments: Any) -> BaseVersion | None:
+        publish_encoder(store, recipe.name, tuned, encoder_digest(recipe.encoder))
+        return base_version(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "base_version", after_planning)
+        plain = build(recipe)
+    assert plain.manifest.parents == {}
+    assert Retriever.open(plain, recipe.encoder, device="cpu").search(["ports"], 1)
+    assert build(recipe).manifest.parents == {"encoder": str(store.open("encoder", recipe.name).ref)}
+
+
+def test_a_small_update_of_a_large_index_does_not_run_in_the_driver(
+    tmp_path: Path, corpus_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
+    artifact = build(recipe)
+    base = base_version(Store(recipe.store.uri), recipe.name, "sync")
+    assert base is not None and base.rows == artifact.manifest.measured["rows"] > 0
+    scan = scan_corpus(recipe.corpus, recipe.seed, block_bytes=1)
+    assert index._may_run_alone(recipe, scan, base)
+    monkeypatch.setattr(index, "SMALL_BASE_ROWS", base.rows - 1)
+    assert not index._may_run_alone(recipe, scan, base)

@@ -1,11 +1,13 @@
 """The phases of an index build, most of them in this process with a stand-in for the encoder; one on a real Ray."""
 
+import dataclasses
 import functools
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,15 +19,16 @@ from cluster.errors import UserError
 from cluster.store import Artifact, Store
 from retrieval import embedding
 from retrieval import index as index_module
-from retrieval.build_job import BaseVersion
+from retrieval.build_job import BaseVersion, BuildJob
 from retrieval.chunking import Chunker, embedding_text
 from retrieval.config import RetrievalRecipe
 from retrieval.documents import read_block, read_documents, scan_corpus
 from retrieval.encoder import encoder_tokenizer
 from retrieval.index import base_version, build_index, build_into, index_plan
 from retrieval.records import Chunk
-from retrieval.rowplan import _divide
-from retrieval.shards import ShardReader, open_shards
+from retrieval.rowplan import RowPlan, _divide, plan_rows
+from retrieval.shard_files import build_shard
+from retrieval.shards import ShardEntry, ShardReader, open_shards
 from tests.retrieval.stub_encoder import StubEncoder, stub_vector
 from tests.retrieval.tiny import COUNTRIES, tiny_recipe, write_corpus
 
@@ -231,6 +234,7 @@ def test_delta_keeps_all_but_what_it_names(
 KILLED = """
 import functools, os, signal, sys
 from pathlib import Path
+from typing import Any
 from cluster.store import Store
 from retrieval import embedding, index, pipeline
 from retrieval.config import RetrievalRecipe
@@ -311,3 +315,44 @@ def test_lexical_build_embeds_nothing_and_has_no_vectors(
     assert [chunk for shard in shards for chunk in shard.chunks()] == expected_chunks(recipe)
     assert all(isinstance(shard, ShardReader) and shard.vectors is None for shard in shards)
     assert not any(file.path.endswith("vectors.npy") for file in artifact.manifest.files)
+
+
+def test_a_second_builder_over_another_base_does_not_disturb_the_first(
+    recipe: RetrievalRecipe, stub: StubEncoder, blocks_of_one: None
+) -> None:
+    """In an object store both have the same parts."""
+    store, rows = Store(recipe.store.uri), corpus_rows(recipe)
+    write_rows(recipe, rows[:3])
+    build(recipe, stub)
+    base = base_version(store, recipe.name)
+    write_rows(recipe, rows[::-1])
+    build(recipe, stub)
+    other = base_version(store, recipe.name)
+    assert base is not None and other is not None and base.ref != other.ref
+    write_rows(recipe, [*rows, {"_id": "new", "title": "New", "text": "A new land of roses."}])
+    plan = index_plan(recipe, store)
+    blocks = len(rows) + 1
+
+    def settle(job: BuildJob, _: RowPlan) -> None:
+        plan_rows(dataclasses.replace(job, base=other), blocks)
+
+    with store.attempt(plan.ref) as attempt:
+        outcome = build_into(recipe, store, attempt, base=base, settle=settle, make_encoder=stub)
+        artifact = attempt.publish(plan, outcome.counts, outcome.measured)
+    chunks = expected_chunks(recipe)
+    assert [chunk for chunk, _ in live_rows(artifact)] == chunks
+    assert [vector for _, vector in live_rows(artifact)] == [tuple(stub_vector(text_of(c)).tolist()) for c in chunks]
+
+
+def test_what_a_dead_worker_left_of_a_shard_is_not_published(
+    recipe: RetrievalRecipe, stub: StubEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*arguments: Any) -> ShardEntry:
+        build_shard(*arguments)  # Ray runs a task again when its worker dies
+        return build_shard(*arguments)
+
+    monkeypatch.setattr("retrieval.pipeline.build_shard", twice)
+    artifact = build(recipe, stub)
+    (entry,) = open_shards(artifact.directory())[0].shards
+    folders = {file.path.split("/")[1] for file in artifact.manifest.files if file.path.startswith("shards/")}
+    assert folders == {entry.shard_id}

@@ -1,21 +1,27 @@
 """Updates from the corpus and by deltas: what is embedded, what is found, what stays deleted, who wins a race."""
 
 import random
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from cluster.errors import ArtifactError, UserError
 from cluster.gc import collect
-from cluster.store import Artifact
+from cluster.store import Artifact, Attempt
+from retrieval.build_job import BaseVersion
 from retrieval.config import RetrievalRecipe
-from retrieval.index import build_index
-from retrieval.ledger import removed_ids
+from retrieval.index import base_version, build_index
+from retrieval.ledger import add_deleted, lift_deleted, removed_ids
 from retrieval.retriever import Retriever
 from retrieval.shards import open_shards
-from retrieval.update import update_collections, update_index
+from retrieval.update import _require_known, update_collections, update_index
 from retrieval.update_cli import register_update
 from tests.retrieval.stub_encoder import StubEncoder
 from tests.retrieval.updates import (
@@ -238,6 +244,64 @@ def test_an_update_or_build_that_missed_a_deletion_is_not_published(recipe: Retr
             act(recipe, store, make_encoder=meanwhile)  # type: ignore[operator]
         assert "d1" not in documents_of(current(recipe))
         assert "d1" not in documents_of(act(recipe, store, make_encoder=stub))  # type: ignore[operator]
+
+
+def test_a_build_does_not_replace_a_version_that_deleted_a_document_at_the_last_moment(
+    recipe: RetrievalRecipe, stub: StubEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(recipe)
+    build_index(recipe, store, make_encoder=stub)
+    write_rows(recipe.corpus.path, [*some_rows(8), row("e", "new")])
+    publish = Attempt.publish
+
+    def late(attempt: Attempt, *arguments: Any) -> Artifact:
+        monkeypatch.setattr(Attempt, "publish", publish)
+        update_index(recipe, store, delete=("d1",), make_encoder=stub)
+        return publish(attempt, *arguments)
+
+    monkeypatch.setattr(Attempt, "publish", late)
+    with pytest.raises(ArtifactError, match=r"became current while .* run the same command again"):
+        build_index(recipe, store, make_encoder=stub)
+    assert "d1" not in documents_of(current(recipe))
+    documents = documents_of(build_index(recipe, store, make_encoder=stub))
+    assert "e" in documents and "d1" not in documents
+
+
+def test_a_refused_build_leaves_no_work_that_lacks_what_is_lifted_again(
+    recipe: RetrievalRecipe, stub: StubEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(recipe)
+
+    def after_planning(*arguments: Any) -> BaseVersion | None:
+        monkeypatch.setattr("retrieval.index.base_version", base_version)
+        add_deleted(store, recipe.name, ["d1"])
+        return base_version(*arguments)
+
+    monkeypatch.setattr("retrieval.index.base_version", after_planning)
+    with pytest.raises(UserError, match="documents were deleted from index/tiny while it was being built"):
+        build_index(recipe, store, make_encoder=stub)
+    lift_deleted(store, recipe.name, ["d1"])
+    assert documents_of(build_index(recipe, store, make_encoder=stub)).keys() == {f"d{n}" for n in range(8)}
+
+
+def test_ids_to_delete_are_looked_for_without_all_ids_in_memory(
+    recipe: RetrievalRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shard:
+        def document_batches(self, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+            for part in range(50):
+                yield pa.record_batch({"doc_id": [f"d{part * 1000 + n}" for n in range(1000)]})
+
+    monkeypatch.setattr("retrieval.update.IDS_COMPARED", 3)
+    base: Any = SimpleNamespace(ref="index/tiny/0", open=lambda: (None, [Shard()]))
+    tracemalloc.start()
+    _require_known(store_of(recipe), recipe.name, base, ("d49999", "d0"))
+    for doc_id, hint in (("dd1", "; the nearest are d1"), ("dd7", "")):  # d7 is not among the first 3
+        with pytest.raises(UserError, match=rf"holds no document {doc_id}{hint}$"):
+            _require_known(store_of(recipe), recipe.name, base, (doc_id,))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 def test_compaction_writes_few_shards_anew_and_embeds_nothing(
