@@ -9,6 +9,7 @@ Not covered: what a stage does (the rooms).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -383,8 +384,9 @@ def ask(
 
     if not question.strip():
         raise UserError("ask: the question is empty")
+    quoted = json.dumps(path, ensure_ascii=False)  # a value is YAML: `notes #1` would lose its end
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in question) else "en"
-    loaded = load("own_documents", [f"language={language}", *(overrides or []), f"corpus.path={path}"])
+    loaded = load("own_documents", [f"language={language}", *(overrides or []), f"corpus.path={quoted}"])
     index = build_index(loaded, Store(loaded.store.uri))
     if language == "zh" and loaded.model.base.startswith("embedded:"):
         say("ask: the embedded SmolLM2 hardly knows Chinese: rely on the sources, or name another --set model.base=…")

@@ -124,6 +124,8 @@ def parse_override(override: str) -> tuple[str, Any, str]:
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
         raise UserError(f"--set: expected dotted.key=value, found {override!r}")
+    if text.startswith("*"):  # YAML's alias, of which a lone value can have none; a glob is meant
+        return key, text, text
     try:
         return key, yaml.load(text, Loader=_Loader), text  # _Loader is a SafeLoader
     except yaml.YAMLError as error:
@@ -205,6 +207,9 @@ def nearest_key(key: str, schema: type[pydantic.BaseModel]) -> str | None:
     keys = list(known_keys(schema))
     parent, last = ".".join(parts[:-1]), parts[-1]
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
+    if not siblings and len(parts) > 2:  # below a name of the user's own, such as `collections.NAME.access`
+        names = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == ".".join(parts[:-2])]
+        siblings = {name: f"{parent}.{name}" for name in names}
     for candidates, wanted in ((siblings, last), ({k: k for k in keys}, ".".join(parts))):
         close = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.6)
         if close:

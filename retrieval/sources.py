@@ -91,7 +91,8 @@ def list_files(path: str, key: str = "corpus.path") -> CorpusFiles:
         filesystem, inner = open_filesystem(base)
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.NotFound:
-            raise UserError(f"{key}: {base} does not exist: give a file, folder or glob of documents ({FORMATS})")
+            missing = base if pattern else path
+            raise UserError(f"{key}: {missing} does not exist: give a file, folder or glob of documents ({FORMATS})")
         if info.type == pafs.FileType.File:
             return _single_file(base, inner, info.size, key)
         infos = filesystem.get_file_info(

@@ -91,6 +91,7 @@ def test_committed_recipe_is_read_by_file_and_by_name(name):
         (["serve", "factbook"], "no release"),
         (["evaluate", "factbook"], "no release"),
         (["ask", "missing", "why?"], "corpus.path"),
+        (["ask", "docs #1", "why?"], "docs #1 does not exist"),
         (["ask", "docs", " "], "the question is empty"),
         (["submit", "factbook", "--", "index", "bild"], "no command `index bild`"),
     ],

@@ -32,6 +32,7 @@ class Recipe(BaseRecipe):
     corpus: Corpus = Corpus()
     shape: Shape = Shape()
     rules: tuple[Rule, ...] = ()
+    parts: dict[str, Corpus] = pydantic.Field(default_factory=dict)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,7 @@ def test_an_empty_override_empties_a_text():
     [
         ("name: a\ncorpus: {pth: x}", (), "r.yaml: unknown key `corpus.pth`; did you mean `corpus.path`?"),
         ("name: a\nshap: {}", (), "r.yaml: unknown key `shap`; did you mean `shape`?"),
+        ("name: a\nparts: {my: {pth: x}}", (), "unknown key `parts.my.pth`; did you mean `parts.my.path`?"),
         ("name: a\nrank: 3", (), "r.yaml: unknown key `rank`; did you mean `shape.rank`?"),
         ("name: a\nzzzzzz: 3", (), "r.yaml: unknown key `zzzzzz`"),
         ("name: a", ("corpus.pth=x",), "--set: unknown key `corpus.pth`; did you mean `corpus.path`?"),
@@ -100,6 +102,10 @@ def test_an_empty_override_empties_a_text():
 )
 def test_bad_input_is_one_line_that_names_the_key(text, overrides, expected):
     assert re.search(expected, refusal(text, *overrides))
+
+
+def test_a_glob_needs_no_quotes():
+    assert load("name: a", "corpus.path=**/*.md").corpus.path == "**/*.md"
 
 
 def test_a_long_value_is_cut_in_the_error():
