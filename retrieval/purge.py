@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import locks
+from cluster.cache import cache_directory
 from cluster.errors import ArtifactError, UserError
 from cluster.manifest import ArtifactRef, is_attempt, is_version
 from cluster.progress import say
@@ -37,6 +39,7 @@ from retrieval.shards import (
     BATCH_ROWS,
     DOCUMENTS_FILE,
     INDEX_FORMAT,
+    INDEX_JSON,
     REJECTED_FILE,
     SHARDS_FOLDER,
     TOMBSTONES_FOLDER,
@@ -100,11 +103,11 @@ def purge_document(store: Store, name: str, doc_id: str, *, no_builds: bool = Fa
         ArtifactError: a version is damaged: remove it, then run the purge again.
     """
     holding = [ref for ref in _versions(store, name) if _holds(store.open_ref(ref), doc_id)]
-    unfinished = _unfinished(store, name)
-    if not holding and not unfinished and not removed_ids(store, name).has_purged(doc_id):
+    if not holding and not _unfinished(store, name) and not removed_ids(store, name).has_purged(doc_id):
         raise UnknownDocumentError(f"purge: no version of index/{name} in {store.uri} holds a document {doc_id}")
     add_purged(store, name, doc_id)
-    if running := [key for key in unfinished if _may_run(store, key, no_builds)]:
+    # Looked for after the ledger is written: a build that begins later leaves the document out, and may go on.
+    if running := [key for key in _unfinished(store, name) if _may_run(store, key, no_builds)]:
         hint = "" if store.is_local else ", or say --no-builds where none is running"
         raise UserError(
             f"purge: index/{name} is being built ({running[0]}): no later build will hold the document, but this one "
@@ -117,9 +120,10 @@ def purge_document(store: Store, name: str, doc_id: str, *, no_builds: bool = Fa
         artifact = store.open_ref(ref)
         if _holds(artifact, doc_id):
             (rewritten if _rewrite(store, artifact, shards) else removed).append(ref)
-    unfinished = _unfinished(store, name)
+    unfinished = [key for key in _unfinished(store, name) if not _may_run(store, key, no_builds)]
     for key in unfinished:
         store.storage.delete(key)
+    _forget_cached(doc_id)
     touched = {ref for ref in _versions(store, name) if purged_key(doc_id) in store.open_ref(ref).manifest.purged}
     return PurgeReport(tuple(rewritten), tuple(removed), len(unfinished), tuple(_derived(store, {*touched, *removed})))
 
@@ -169,6 +173,22 @@ def _shard_holds(shard: ShardReader, doc_id: str) -> bool:
     import pyarrow.compute as pc
 
     return bool(pc.any(pc.equal(shard.column("doc_id"), doc_id)).as_py())
+
+
+def _forget_cached(doc_id: str) -> None:
+    """Remove this machine's cached copies of indexes that hold the document: of versions too that gc has removed from
+    an object store, which no manifest names any more. A copy that is needed is fetched again."""
+    copies = cache_directory() / "artifacts"
+    for copy in copies.iterdir() if copies.is_dir() else ():
+        if not (copy / INDEX_JSON).is_file():
+            continue
+        try:
+            held = any(_shard_holds(shard, doc_id) for shard in open_shards(copy)[1])
+            held = held or any(rejection.is_about({doc_id}) for rejection in _rejections(copy))
+        except (ArtifactError, OSError):  # damaged, or of another format: what it holds is unknown
+            held = True
+        if held:
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 # --- rewriting one version
