@@ -58,7 +58,12 @@ class Outcome:
 
 
 def run_stage(
-    store: Store, plan: Plan, build: Callable[[Attempt], Outcome], *, expected: str | EllipsisType | None = ...
+    store: Store,
+    plan: Plan,
+    build: Callable[[Attempt], Outcome],
+    *,
+    expected: str | EllipsisType | None = ...,
+    because: Sequence[str] = (),
 ) -> Artifact:
     """The artifact of `plan`: the one that exists, or a new one from `build`, made current.
 
@@ -67,6 +72,7 @@ def run_stage(
         plan: What.
         build: Writes the files.
         expected: The version that must still be current at the end (none: no version); by default any may be.
+        because: Why it is built, to say so; by default what differs from the current version.
 
     Raises:
         ArtifactError: a parent is missing, the existing artifact's manifest is damaged, or another version than
@@ -85,7 +91,7 @@ def run_stage(
         if not store.exists(parent):
             raise ArtifactError(f"{ref.kind}: its {role} {parent} is not in {store.uri}; build that first")
     store.check_writable()
-    say(f"{ref.kind}: building {ref}: {'; '.join(rebuild_reasons(store, plan))}")
+    say(f"{ref.kind}: building {ref}: {'; '.join(because or rebuild_reasons(store, plan))}")
     began = time.monotonic()
     with store.attempt(ref) as attempt:
         outcome = build(attempt)

@@ -75,6 +75,8 @@ class CorpusScan:
     bytes: int
     ignored: int
     """Files of other formats below the path."""
+    ignored_formats: str = ""
+    """Their suffixes, in words."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def scan_corpus(
     listed = list_files(config.path, key)
     blocks = cut_blocks(listed.root, listed.files, config, block_bytes)
     total = sum(file.size for file in listed.files)
-    return CorpusScan(blocks, _sample(blocks, seed), len(listed.files), total, listed.ignored)
+    return CorpusScan(blocks, _sample(blocks, seed), len(listed.files), total, listed.ignored, listed.ignored_formats)
 
 
 def read_block(block: CorpusBlock) -> BlockContent:

@@ -23,7 +23,7 @@ from cluster.errors import ArtifactError, UserError
 from cluster.manifest import ArtifactRef
 from cluster.progress import say
 from cluster.session import ray_session
-from cluster.stage import Outcome, Plan, run_stage
+from cluster.stage import Outcome, Plan, rebuild_reasons, run_stage
 from retrieval.build_job import BaseVersion, BuildJob, MakeEncoder, Merge
 from retrieval.compaction import CompactionPolicy
 from retrieval.config import RetrievalRecipe
@@ -71,6 +71,7 @@ SMALL_UPDATE_BYTES = 16 * 1024 * 1024
 SMALL_BASE_ROWS = 200_000
 """Rows of a base version up to which a small update runs in the driver: BM25 of all rows is built there too."""
 CORPUS_INPUT = "corpus.path"
+DELTA_INPUT = "delta"
 REMOVED_INPUT = "removed documents"
 
 
@@ -142,9 +143,24 @@ def build_index(recipe: RetrievalRecipe, store: Store, *, make_encoder: MakeEnco
     build = functools.partial(
         build_into, recipe, store, base=base, source=planned_encoder(recipe, store, plan), make_encoder=make_encoder
     )
-    artifact = run_stage(store, plan, with_planned_ledger(store, plan, build), expected=expected)
+    guarded = with_planned_ledger(store, plan, build)
+    artifact = run_stage(store, plan, guarded, expected=expected, because=why_build(store, plan))
     finish_work(store, plan.ref)
     return artifact
+
+
+def why_build(store: Store, plan: Plan) -> list[str]:
+    """As `rebuild_reasons`, but of a version that a delta made, whose inputs are not those of a build."""
+    try:
+        version = store.current("index", plan.name)
+        inputs = store.open("index", plan.name, version).manifest.inputs if version else {}
+    except ArtifactError:
+        inputs = {}
+    if DELTA_INPUT not in inputs:
+        return rebuild_reasons(store, plan)
+    compared = {**inputs, **{name: digest for name, digest in plan.inputs.items() if name != CORPUS_INPUT}}
+    others = rebuild_reasons(store, dataclasses.replace(plan, inputs=compared))
+    return ["the current version was made by --upsert or --delete", *others]
 
 
 def _current_or_any(store: Store, name: str) -> str | EllipsisType | None:
@@ -268,6 +284,8 @@ def build_into(
     removed = removed_ids(store, recipe.name) if removed is None else removed
     if scan is None:
         scan = scan_corpus(recipe.corpus, recipe.seed)
+    if scan.ignored:
+        say(f"index: {scan.ignored:,} files of other formats are not read: {scan.ignored_formats}")
     source = encoder_source(recipe, store) if source is None else source
     share = unknown_share(encoder_tokenizer(source.directory()), scan.sample)
     mode = _choose_mode(recipe, share, base)
@@ -386,11 +404,12 @@ def run_phases(
         raise UserError(f"corpus.path: {plan.first_rejected} (corpus.strict)")
     if plan.rows + plan.base.kept_rows == 0:
         why = f" (first rejected: {plan.first_rejected})" if plan.first_rejected else ""
-        raise UserError(f"corpus.path: {recipe.corpus.path} holds no text to index{why}")
+        gone = f"; {read.removed:,} documents are left out, being deleted or purged" if read.removed else ""
+        raise UserError(f"corpus.path: {recipe.corpus.path} holds no text to index{why}{gone}")
     clock.lap("plan_s")
     embedded = embed_corpus(job, plan, workers)
     clock.lap("embed_s")
-    if job.mode == "dense":
+    if job.mode == "dense" and plan.shards:
         kind = recipe.index.kind
         say(f"index: {plan.rows:,} chunks into {len(plan.shards)} shard(s), index.kind {kind}")
     shards = write_shards(job, plan, workers)
@@ -448,12 +467,12 @@ def _all_shards(
 def _tell(attempt: Attempt, built: Built) -> None:
     plan = built.plan
     if plan.rejected:
-        say(
-            f"index: {plan.rejected:,} of the corpus's documents were rejected, the first {plan.first_rejected}; all "
-            f"are listed in {attempt.uri}/{REJECTED_FILE}"
-        )
+        more = plan.rejected - len(plan.rejections)
+        lines = [*plan.rejections, *([f"and {more:,} more"] if more else [])]
+        say(f"index: {plan.rejected:,} of the corpus's documents were rejected ({attempt.uri}/{REJECTED_FILE}):")
+        say("\n".join(f"  {line}" for line in lines))
     if built.read.removed:
-        say(f"index: {built.read.removed:,} documents were left out because they were deleted by id")
+        say(f"index: {built.read.removed:,} documents were left out because they were deleted by id or purged")
     if plan.reused or plan.shared:
         say(
             f"index: {plan.embedded:,} texts embedded; {plan.reused:,} took their embedding from the current version, "

@@ -267,6 +267,8 @@ def read_corpus(job: BuildJob, scan: CorpusScan, workers: Workers, strict: bool)
     if job.keeps_rows and not job.parts.exists(BASE_KEYS):
         workers.call(write_base_keys, job)
     totals = dict.fromkeys(("documents", "unchanged", "chunks", "removed"), 0)
+    if not scan.blocks:  # a delta that only deletes
+        return ReadCounts()
     with track("index: read and chunk", len(scan.blocks), "blocks") as bar:
         for row in workers.read(job, scan.blocks):
             if strict and row["first_rejected"]:

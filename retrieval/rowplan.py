@@ -63,6 +63,9 @@ class BaseChange:
     """Shards whose live rows are written anew; not empty when the update compacts."""
 
 
+REJECTIONS_SHOWN = 5
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """What the driver learns of phase B: counts and places, no texts."""
@@ -82,9 +85,14 @@ class RowPlan:
     shared: int
     """Rows that take their embedding from an earlier row of this build."""
     rejected: int
-    first_rejected: str
-    """In words; empty when there is none."""
+    rejections: tuple[str, ...]
+    """The first ones, in words."""
     base: BaseChange = BaseChange()
+
+    @property
+    def first_rejected(self) -> str:
+        """In words; empty when there is none."""
+        return self.rejections[0] if self.rejections else ""
 
 
 def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
@@ -108,7 +116,7 @@ def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
     base, merged = _change_base(job, documents, later, sum(map(len, rows))) if job.keeps_rows else (BaseChange(), {})
     added = [chunks[~gone] for gone, chunks in documents.by_block(later, documents.chunks)]
     shards = _divide_merged(merged, added, job.shard_chunks)
-    rejected, first_rejected = _write_rejected(job, documents, later)
+    rejected, rejections = _write_rejected(job, documents, later)
     return RowPlan(
         shards=tuple(shards),
         embed=tuple((ordinal, len(places)) for ordinal, places in enumerate(embed) if len(places)),
@@ -119,7 +127,7 @@ def plan_rows(job: BuildJob, blocks: int) -> RowPlan:
         reused=reused,
         shared=shared,
         rejected=rejected,
-        first_rejected=first_rejected,
+        rejections=rejections,
         base=base,
     )
 
@@ -316,13 +324,13 @@ def _divide_merged(merged: dict[str, Rows], blocks: list[Rows], most: int) -> li
     ]
 
 
-def _write_rejected(job: BuildJob, documents: _Documents, later: Flags) -> tuple[int, str]:
-    """Write `rejected.parquet`; returns its rows and the first one in words."""
+def _write_rejected(job: BuildJob, documents: _Documents, later: Flags) -> tuple[int, tuple[str, ...]]:
+    """Write `rejected.parquet`; returns its rows and the first ones in words."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rejected, first = 0, ""
+    rejected, first = 0, list[str]()
     filesystem, path = open_filesystem(join_path(job.uri, REJECTED_FILE))
     with (
         filesystem.open_output_stream(path) as sink,
@@ -333,10 +341,11 @@ def _write_rejected(job: BuildJob, documents: _Documents, later: Flags) -> tuple
             if repeated.any():
                 table = pa.concat_tables([table, _repeated(job.parts, ordinal, np.flatnonzero(repeated))])
             if len(table):
-                first = first or Rejection.from_row(table.slice(0, 1).to_pylist()[0]).describe()
+                shown = table.slice(0, REJECTIONS_SHOWN - len(first)).to_pylist()
+                first += [Rejection.from_row(row).describe() for row in shown]
                 writer.write_table(table)
                 rejected += len(table)
-    return rejected, first
+    return rejected, tuple(first)
 
 
 def _repeated(parts: Parts, ordinal: int, places: Rows) -> pa.Table:

@@ -42,6 +42,8 @@ class CorpusFiles:
     files: tuple[CorpusFile, ...]
     ignored: int
     """Files of other formats."""
+    ignored_formats: str = ""
+    """Their suffixes, in words."""
 
 
 def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -140,7 +142,8 @@ def _choose(path: str, base: str, pattern: str, found: list[CorpusFile], key: st
         raise UserError(
             f"{key}: {path} {'matches' if pattern else 'holds'} no file of a known format ({FORMATS}){others}"
         )
-    return CorpusFiles(base, tuple(files), len(shown) - len(files))
+    ignored = [file for file in shown if suffix(file.name) not in known]
+    return CorpusFiles(base, tuple(files), len(ignored), _suffixes(ignored))
 
 
 def _suffixes(files: Iterable[CorpusFile]) -> str:

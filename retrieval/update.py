@@ -28,6 +28,7 @@ from retrieval.config import RetrievalRecipe
 from retrieval.documents import CorpusScan, corpus_digest, read_block, scan_corpus
 from retrieval.encoder import BASE_INPUT, Encoder, encoder_digest, encoder_source
 from retrieval.index import (
+    DELTA_INPUT,
     REMOVED_INPUT,
     base_version,
     build_index,
@@ -37,6 +38,7 @@ from retrieval.index import (
     index_config,
     index_plan,
     planned_encoder,
+    why_build,
     with_planned_ledger,
 )
 from retrieval.ledger import RemovedIds, add_deleted, lift_deleted, removed_digest, removed_ids
@@ -199,7 +201,7 @@ def _update_by_delta(
     add_deleted(store, recipe.name, gone)
     plan = _delta_plan(recipe, store, base, fingerprint([digest, sorted(delete)]))
     try:
-        return _publish(recipe, store, plan, base, scan, make_encoder, upsert)
+        return _publish(recipe, store, plan, base, scan, make_encoder, upsert, delete)
     except _NothingLeftError:  # refused as a whole: the next build must not do it after all
         lift_deleted(store, recipe.name, [doc_id for doc_id in gone if doc_id not in before])
         raise
@@ -213,7 +215,7 @@ def _update_by_delta(
 def _delta_plan(recipe: RetrievalRecipe, store: Store, base: BaseVersion, delta: str) -> Plan:
     """The base version is an input, not a parent: no version needs an earlier one, and gc may take it."""
     source = encoder_source(recipe, store)
-    inputs = {BASE_INPUT: encoder_digest(recipe.encoder), "base version": base.ref, "delta": delta}
+    inputs = {BASE_INPUT: encoder_digest(recipe.encoder), "base version": base.ref, DELTA_INPUT: delta}
     if removed := removed_digest(store, recipe.name):
         inputs[REMOVED_INPUT] = removed
     return Plan(
@@ -290,6 +292,7 @@ def _publish(
     scan: CorpusScan | None,
     make_encoder: MakeEncoder,
     upsert: str = "",
+    delete: Sequence[str] = (),
 ) -> Artifact:
     began = time.monotonic()
     plans: list[RowPlan] = []
@@ -324,7 +327,14 @@ def _publish(
         report = _report(plans[0], outcome, time.monotonic() - began)
         return dataclasses.replace(outcome, measured={**outcome.measured, "update": dataclasses.asdict(report)})
 
-    artifact = run_stage(store, plan, with_planned_ledger(store, plan, build), expected=_version(base))
+    because = [f"--upsert {upsert}"] * bool(upsert) + [f"--delete of {len(delete):,} documents"] * bool(delete)
+    artifact = run_stage(
+        store,
+        plan,
+        with_planned_ledger(store, plan, build),
+        expected=_version(base),
+        because=because or why_build(store, plan),
+    )
     finish_work(store, plan.ref)
     if plans:
         say(f"index: {UpdateReport(**artifact.manifest.measured['update']).describe()}")

@@ -180,7 +180,26 @@ def test_what_cannot_be_updated_is_refused_in_one_line(recipe: RetrievalRecipe, 
         delta(changed(recipe, chunking={"max_tokens": 40}), [row("e", "new")])
     with pytest.raises(UserError, match=r"^--delete: nothing would be left"):
         delta(recipe, delete=tuple(f"d{n}" for n in range(8)))
+    assert removed_ids(store_of(recipe), recipe.name).digest == ""  # or the next build would delete them after all
+    (tmp_path / "empty.md").write_text("")
+    with pytest.raises(UserError, match=r"^--upsert: nothing in .*empty\.md is new.* 1 .* rejected, .*: is empty"):
+        update_index(recipe, store_of(recipe), upsert=str(tmp_path / "empty.md"), make_encoder=loaded_once)
     assert current(recipe).ref == first.ref
+
+
+def test_a_delta_and_the_build_after_it_say_why_in_the_users_words(
+    recipe: RetrievalRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(recipe)
+    capsys.readouterr()
+    delta(recipe, delete=("d1", "d2"))
+    assert ": --delete of 2 documents\n" in capsys.readouterr().out
+    delta(recipe, [row("e", "new")])
+    assert ": --upsert " in capsys.readouterr().out
+    build(changed(recipe, chunking={"max_tokens": 40}))
+    told = next(line for line in capsys.readouterr().out.splitlines() if "building" in line)
+    made = "the current version was made by --upsert or --delete"
+    assert told.endswith(f": {made}; chunking.max_tokens changed from 48 to 40")
 
 
 def test_sync_of_another_recipe_builds_anew_and_says_so(
