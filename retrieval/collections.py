@@ -8,10 +8,11 @@ Not covered: building one index (`index.py`), searching (`retriever.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,19 @@ def member_recipe(recipe: RetrievalRecipe, name: str) -> RetrievalRecipe:
     return recipe.model_copy(update=changes)
 
 
+@contextlib.contextmanager
+def of_collection(recipe: RetrievalRecipe, name: str) -> Iterator[RetrievalRecipe]:
+    """`member_recipe`; errors in the block name its keys where the recipe has them: `collections.NAME.corpus.path`."""
+    member = member_recipe(recipe, name)
+    own = ("corpus.", "encoder.") if recipe.collections[name].encoder is not None else ("corpus.",)
+    try:
+        yield member
+    except UserError as error:
+        if not str(error).startswith(own):
+            raise
+        raise type(error)(f"collections.{name}.{error}") from error
+
+
 def build_collections(recipe: RetrievalRecipe, store: Store) -> Artifact:
     """Build the index of each collection that has changed, and publish the catalog over them.
 
@@ -89,7 +103,10 @@ def build_collections(recipe: RetrievalRecipe, store: Store) -> Artifact:
     from retrieval.index import build_index
 
     check_collections(recipe)
-    members = {name: build_index(member_recipe(recipe, name), store) for name in recipe.collections}
+    members = {}
+    for name in recipe.collections:
+        with of_collection(recipe, name) as member:
+            members[name] = build_index(member, store)
     return publish_catalog(recipe, store, members)
 
 

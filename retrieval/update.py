@@ -111,6 +111,8 @@ def update_index(
         UserError: for what cannot be indexed, an unknown id, a purged one; naming the option or the recipe key.
         ArtifactError: somebody else published meanwhile; nothing is lost.
     """
+    if "" in delete:
+        raise UserError("--delete: the id is empty")
     assert not recipe.collections, "one collection at a time: see `update_collections`"
     check_chunks_fit(recipe, encoder_source(recipe, store))
     if upsert or delete:
@@ -133,7 +135,7 @@ def update_collections(
         UserError: a delta without naming its collection; otherwise as `update_index`.
         ArtifactError: another collection was never built; somebody else published meanwhile.
     """
-    from retrieval.collections import check_collections, member_recipe, publish_catalog
+    from retrieval.collections import check_collections, of_collection, publish_catalog
 
     check_collections(recipe)
     if (upsert or delete) and not collection:
@@ -141,7 +143,8 @@ def update_collections(
             f"--collection: say which collection --upsert and --delete mean: {', '.join(recipe.collections)}"
         )
     for name in [collection] if collection else recipe.collections:
-        update_index(member_recipe(recipe, name), store, upsert=upsert, delete=delete, make_encoder=make_encoder)
+        with of_collection(recipe, name) as member:
+            update_index(member, store, upsert=upsert, delete=delete, make_encoder=make_encoder)
     while True:
         members = {name: store.open("index", f"{recipe.name}-{name}") for name in recipe.collections}
         catalog = publish_catalog(recipe, store, members)

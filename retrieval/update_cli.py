@@ -27,6 +27,12 @@ CollectionOption = Annotated[
 ]
 
 
+UPSERT_HELP = (
+    "Add or change these documents; the corpus is not read. The next update or build from the corpus takes out again "
+    "what the corpus does not hold."
+)
+
+
 def register_update(app: typer.Typer, load: Callable[[str, list[str]], RetrievalRecipe]) -> None:
     """Add both commands to `app`, over recipes that `load` (path, overrides) reads."""
     _register_update(app, load)
@@ -39,7 +45,7 @@ def _register_update(app: typer.Typer, load: Callable[[str, list[str]], Retrieva
         recipe: RecipeArgument,
         upsert: Annotated[
             str,
-            typer.Option("--upsert", metavar="PATH", help="Add or change these documents; the corpus is not read."),
+            typer.Option("--upsert", metavar="PATH", help=UPSERT_HELP),
         ] = "",
         delete: Annotated[
             list[str] | None,
@@ -77,6 +83,8 @@ def _register_purge(app: typer.Typer, load: Callable[[str, list[str]], Retrieval
         from cluster.store import Store
         from retrieval.collections import member_recipe
 
+        if not doc_id:
+            raise UserError("purge: the id is empty")
         loaded = load(recipe, overrides or [])
         store = Store(loaded.store.uri)
         if not loaded.collections:
@@ -84,7 +92,7 @@ def _register_purge(app: typer.Typer, load: Callable[[str, list[str]], Retrieval
             names = [loaded.name]
         else:
             names = [member_recipe(loaded, name).name for name in ([collection] if collection else loaded.collections)]
-        _purge(store, names, doc_id, no_builds)
+        _purge(store, names, doc_id, no_builds, bool(loaded.collections))
 
 
 def _refuse_collection(collection: str) -> None:
@@ -92,7 +100,7 @@ def _refuse_collection(collection: str) -> None:
         raise UserError(f"--collection: the recipe has no collections, so none named {collection}")
 
 
-def _purge(store: Store, names: list[str], doc_id: str, no_builds: bool) -> None:
+def _purge(store: Store, names: list[str], doc_id: str, no_builds: bool, of_collections: bool) -> None:
     from retrieval.purge import PurgeReport, UnknownDocumentError, purge_document
 
     reports: list[PurgeReport] = []
@@ -104,6 +112,13 @@ def _purge(store: Store, names: list[str], doc_id: str, no_builds: bool) -> None
             unknown.append(error)
     if not reports:
         raise unknown[0]
+    for name in names:
+        if store.current("index", name) is None:
+            other = ", or leave the collection out of the recipe," if of_collections else ""
+            say(
+                f"purge: index/{name} held nothing else and has no version now: give it other documents{other} and run "
+                "`rayft index build`"
+            )
     rewritten = sum(len(report.rewritten) for report in reports)
     removed = sum(len(report.removed) for report in reports)
     unfinished = sum(report.unfinished for report in reports)

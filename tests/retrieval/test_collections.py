@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from cluster.errors import ArtifactError, UserError
 from cluster.store import Store
@@ -9,6 +11,8 @@ from retrieval.config import CollectionConfig, CorpusConfig, EncoderConfig, Sear
 from retrieval.filters import parse_filter
 from retrieval.index import build_index
 from retrieval.retriever import Retriever
+from retrieval.update import update_collections
+from retrieval.update_cli import register_update
 from tests.retrieval.tiny import COUNTRIES, country_text, tiny_encoder, tiny_recipe
 
 SHARES = {"north": (3, 4, 5), "south": (2, 6), "secret": (0, 1, 7)}
@@ -150,6 +154,32 @@ def test_collections_that_cannot_be_are_refused_by_key(tmp_path, encoder_path, c
 def test_unknown_collection_names_those_there_are(tmp_path, encoder_path):
     with pytest.raises(UserError, match="there is no east; the recipe has north, south, secret"):
         member_recipe(_recipe(tmp_path, encoder_path), "east")
+
+
+def test_errors_of_one_collection_name_its_own_key(tmp_path, encoder_path):
+    recipe = _recipe(tmp_path, encoder_path)
+    gone = recipe.collections["north"].model_copy(update={"corpus": CorpusConfig(path=str(tmp_path / "gone"))})
+    recipe = recipe.model_copy(update={"collections": {**recipe.collections, "north": gone}})
+    for act in (build_collections, update_collections):
+        with pytest.raises(UserError, match=r"^collections\.north\.corpus\.path: .*gone does not exist"):
+            act(recipe, Store(recipe.store.uri))
+
+
+def test_purge_of_a_collections_only_document_says_what_to_do_next(tmp_path, encoder_path):
+    recipe = _recipe(tmp_path, encoder_path)
+    lone = CollectionConfig(corpus=_write(tmp_path, "lone", (1,)))
+    recipe = recipe.model_copy(update={"collections": {"north": recipe.collections["north"], "lone": lone}})
+    store = Store(recipe.store.uri)
+    build_collections(recipe, store)
+    app = typer.Typer()
+    register_update(app, lambda _path, _overrides: recipe)
+    done = CliRunner().invoke(app, ["purge", "tiny", COUNTRIES[1].lower()], catch_exceptions=False)
+    assert f"index/{recipe.name}-lone held nothing else" in done.output
+    assert "leave the collection out of the recipe" in done.output
+    with pytest.raises(UserError, match=r"^collections\.lone\.corpus\.path: .*; 1 documents are left out, being"):
+        build_collections(recipe, store)
+    without = recipe.model_copy(update={"collections": {"north": recipe.collections["north"]}})
+    assert Retriever.open(build_collections(without, store), recipe.encoder).search(["cheese"], 1)[0]
 
 
 def test_catalog_that_does_not_name_its_parents_is_refused(made):
