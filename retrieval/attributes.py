@@ -248,7 +248,8 @@ class Attributes:
         self.count = rows
         self._slices = slices
         self._cache: OrderedDict[Filter, Rows] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self.cache_bytes = cache_bytes
+        """Of the rows of filters that are remembered."""
         self._cached = 0
         self._lock = threading.Lock()
 
@@ -298,10 +299,10 @@ class Attributes:
         found = self._find(wanted)
         found.flags.writeable = False
         with self._lock:
-            if wanted not in self._cache and found.nbytes <= self._cache_bytes:
+            if wanted not in self._cache and found.nbytes <= self.cache_bytes:
                 self._cache[wanted] = found
                 self._cached += found.nbytes
-                while self._cached > self._cache_bytes:
+                while self._cached > self.cache_bytes:
                     self._cached -= self._cache.popitem(last=False)[1].nbytes
         return found
 

@@ -52,7 +52,8 @@ FEW_TEXTS = 256
 """Texts up to which a local build without GPUs embeds in this process: starting an actor that loads torch and the model
 takes 7 s on two cores, embedding so many 3 s."""
 LEXICAL_PART_ROWS = 2_000_000
-"""Live rows up to which one BM25 index covers all shards; above, each shard has its own statistics."""
+"""Live rows up to which shards share one BM25 index and its statistics. The small shard of an update never has its own:
+words are rare in it that are common in the corpus, and its scores would not compare."""
 
 T = TypeVar("T")
 
@@ -312,10 +313,19 @@ def write_shards(job: BuildJob, plan: RowPlan, workers: Workers) -> tuple[ShardE
 
 
 def write_lexical(uri: str, shards: Sequence[LexicalShard], workers: Workers) -> tuple[LexicalEntry, ...]:
-    """BM25 over the live rows of `shards`, whose files stand under `uri`: one index, or one per shard above
-    `LEXICAL_PART_ROWS` live rows."""
+    """BM25 over the live rows of `shards`, whose files stand under `uri`: one index, or several of about
+    `LEXICAL_PART_ROWS` live rows of neighbouring shards each."""
     live = [(shard, shard.entry.rows - (0 if shard.deleted is None else len(shard.deleted))) for shard in shards]
-    filled = [shard for shard, rows in live if rows]
-    together = sum(rows for _, rows in live) <= LEXICAL_PART_ROWS
-    groups = [filled] if together else [[shard] for shard in filled]
+    groups: list[list[LexicalShard]] = []
+    filled = LEXICAL_PART_ROWS
+    for shard, rows in live:
+        if rows and filled >= LEXICAL_PART_ROWS:
+            groups.append([])
+            filled = 0
+        if rows:
+            groups[-1].append(shard)
+            filled += rows
+    if len(groups) > 1 and filled < LEXICAL_PART_ROWS / 4:
+        rest = groups.pop()
+        groups[-1] += rest
     return tuple(workers.map(build_lexical, [(uri, place, group) for place, group in enumerate(groups)]))

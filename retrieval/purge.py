@@ -42,6 +42,7 @@ from retrieval.shards import (
     INDEX_JSON,
     REJECTED_FILE,
     SHARDS_FOLDER,
+    TEXTS_READ,
     TOMBSTONES_FOLDER,
     ShardEntry,
     ShardReader,
@@ -256,7 +257,7 @@ def _other_documents(shard: ShardReader, doc_id: str) -> Iterator[pa.RecordBatch
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(shard.directory / DOCUMENTS_FILE) as parquet:
-        for batch in parquet.iter_batches(BATCH_ROWS):
+        for batch in parquet.iter_batches(TEXTS_READ):
             yield batch.filter(pc.not_equal(batch.column("doc_id"), doc_id))
 
 

@@ -289,7 +289,8 @@ class Retriever:
             dense = self._merged(len(queries), found, depth)
         if mode != "dense":
             found = {
-                place: self._members[place].searcher.lexical(queries, depth, bound) for place, bound in wanted.items()
+                place: self._members[place].searcher.lexical(queries, depth, bound, worded=mode == "hybrid")
+                for place, bound in wanted.items()
             }
             words = self._merged(len(queries), found, depth)
         if mode != "hybrid":
@@ -297,12 +298,9 @@ class Retriever:
         return [self._fused(one, other, k) for one, other in zip(dense, words, strict=True)]
 
     def _fused(self, dense: Ranking[Place], words: Ranking[Place], k: int) -> Ranking[Place]:
-        told = [
-            (place, score) for place, score in words if score > 0
-        ]  # a passage without a word of the query has no rank
         if self._config.fusion == "convex":
-            return by_convex_sum(dense, told, self._config.dense_weight, k, self._names)
-        return by_reciprocal_rank([dense, told], self._config.rrf_constant, k, self._names)
+            return by_convex_sum(dense, words, self._config.dense_weight, k, self._names)
+        return by_reciprocal_rank([dense, words], self._config.rrf_constant, k, self._names)
 
     def _merged(self, queries: int, found: dict[int, list[Ranking[int]]], k: int) -> list[Ranking[Place]]:
         merged = []

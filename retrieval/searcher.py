@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ArtifactError
+from retrieval.attributes import CACHE_BYTES
 from retrieval.filters import Filter, Kind, OneOf
 from retrieval.fusion import Ranking, best_rows, by_score
 from retrieval.lexical import LexicalIndex
@@ -42,6 +43,8 @@ SAME_SCORE = 1e-5
 FEW_TIES = 4096
 """Up to this many equal scores are told apart by reading their chunk ids; for more, all ids are ranked once."""
 RESCORED_ROWS = 4096
+FILTERS_BYTES = 512_000_000
+"""Memory in which all shards of an index together may remember the rows of filters."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class IndexSearcher:
             if len(reader.tombstones):
                 deleted = np.zeros(reader.rows, dtype=bool)
                 deleted[reader.tombstones] = True
+            reader.attributes.cache_bytes = min(CACHE_BYTES, FILTERS_BYTES // len(readers))
             if reader.attributes.count != reader.rows:
                 raise ArtifactError(
                     f"{artifact.ref}: shard {reader.entry.shard_id} has attributes of {reader.attributes.count} rows "
@@ -162,8 +166,14 @@ class IndexSearcher:
             by_score([item for part in parts for item in part[query]], k, self.ids.of) for query in range(len(vectors))
         ]
 
-    def lexical(self, queries: Sequence[str], k: int, wanted: Filter | None) -> list[Ranking[int]]:
-        """The k best allowed rows of each query by BM25; a row may score 0."""
+    def lexical(
+        self, queries: Sequence[str], k: int, wanted: Filter | None, *, worded: bool = False
+    ) -> list[Ranking[int]]:
+        """The k best allowed rows of each query by BM25.
+
+        A row may score 0; with `worded` only rows with a word of the query count, so that the rest, all equal and
+        perhaps millions, need no order.
+        """
         import numpy as np
 
         places = None
@@ -180,6 +190,9 @@ class IndexSearcher:
                 scores, rows = part.index.scores(query), part.rows
                 if places is not None:
                     scores, rows = scores[places[number]], rows[places[number]]
+                if worded:
+                    positive = np.flatnonzero(scores > 0)
+                    scores, rows = scores[positive], rows[positive]
                 parts.append(best_rows(rows, scores, k, self.ids))
             found.append(
                 parts[0] if len(parts) == 1 else by_score([item for part in parts for item in part], k, self.ids.of)

@@ -48,6 +48,8 @@ DOCUMENTS_FILE = "documents.parquet"
 CHUNKS_FILE = "chunks.arrow"
 VECTORS_FILE = "vectors.npy"
 BATCH_ROWS = 8192
+TEXTS_READ = 64
+"""Documents read at a time with their text: 8,192 of 100 kB each would be 800 MB."""
 DIGEST_BYTES = 16
 
 Mode = Literal["dense", "lexical"]
@@ -384,12 +386,14 @@ class ShardReader:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        deleted = pa.array(sorted(set(self._table["doc_id"].take(self.tombstones).to_pylist())), pa.string())
+        gone = {name for batch in self.batches(self.tombstones, ["doc_id"]) for name in batch.column(0).to_pylist()}
+        deleted = pa.array(sorted(gone), pa.string())
         file = self.directory / DOCUMENTS_FILE
         names = list(columns) if columns else document_schema().names
+        rows = TEXTS_READ if "text" in names else BATCH_ROWS
         try:
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys([*names, "doc_id"]))):
+                for batch in parquet.iter_batches(rows, columns=list(dict.fromkeys([*names, "doc_id"]))):
                     kept = batch.filter(pc.invert(pc.is_in(batch.column("doc_id"), deleted))) if deleted else batch
                     yield kept.select(names)
         except (OSError, pa.ArrowException, KeyError) as error:

@@ -26,6 +26,7 @@ from retrieval.documents import read_block, read_documents, scan_corpus
 from retrieval.encoder import encoder_tokenizer
 from retrieval.index import base_version, build_index, build_into, index_plan
 from retrieval.records import Chunk
+from retrieval.retriever import Retriever
 from retrieval.rowplan import RowPlan, _divide, plan_rows
 from retrieval.shard_files import build_shard
 from retrieval.shards import ShardEntry, ShardReader, open_shards
@@ -356,3 +357,20 @@ def test_what_a_dead_worker_left_of_a_shard_is_not_published(
     (entry,) = open_shards(artifact.directory())[0].shards
     folders = {file.path.split("/")[1] for file in artifact.manifest.files if file.path.startswith("shards/")}
     assert folders == {entry.shard_id}
+
+
+def test_bm25_of_many_shards_is_divided_but_never_for_a_few_rows(
+    recipe: RetrievalRecipe, stub: StubEncoder, blocks_of_one: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = build(change(recipe, index={"shard_chunks": 1}), stub)
+    rows = [entry.rows for entry in open_shards(artifact.directory())[0].shards]
+    assert len(rows) == len(COUNTRIES) and max(rows) - min(rows) < max(rows) / 2
+    monkeypatch.setattr("retrieval.pipeline.LEXICAL_PART_ROWS", 3 * max(rows))
+    write_rows(recipe, [*corpus_rows(recipe), {"_id": "new", "title": "New", "text": "A new land of roses."}])
+    artifact = build(change(recipe, index={"shard_chunks": 1}), stub)
+    index, shards = open_shards(artifact.directory())
+    places = [np.load(artifact.path(f"{entry.folder}/rows.npy")) for entry in index.lexical]
+    np.testing.assert_array_equal(np.concatenate(places), np.arange(index.rows))
+    assert shards[-1].rows == 1 and len(places) >= 2 and min(map(len, places)) > 1
+    retriever = Retriever.open(artifact, recipe.encoder, change(recipe, search={"mode": "lexical"}).search)
+    assert retriever.search(["roses new land"], 1)[0][0].passage.doc_id == "new"

@@ -7,6 +7,7 @@ from cluster.errors import ArtifactError
 from retrieval.attributes import attribute_values
 from retrieval.filters import parse_filter
 from retrieval.lexical import LexicalIndex
+from retrieval.searcher import IndexSearcher
 from tests.retrieval.made_index import open_made, unit_vectors
 
 ROWS = 4000
@@ -137,10 +138,30 @@ def test_attributes_of_another_shard_are_refused(tmp_path):
     (other / "attributes.arrow").write_bytes((one / "attributes.arrow").read_bytes())
     from types import SimpleNamespace
 
-    from retrieval.searcher import IndexSearcher
-
     artifact = SimpleNamespace(
         ref="index/made", directory=lambda: tmp_path / "other", manifest=SimpleNamespace(counts={"chunks": 30})
     )
     with pytest.raises(ArtifactError, match="attributes"):
         IndexSearcher.open(artifact)
+
+
+def test_hybrid_search_orders_no_rows_without_a_word_of_the_query(tmp_path, monkeypatch):
+    texts = ["copper"] * 3 + ["timber"] * 297
+    index = open_made(tmp_path, unit_vectors(300), [{}] * 300, texts, cuts=(2,), deleted=[1])
+    monkeypatch.setattr("retrieval.searcher.FEW_TIES", 20)
+    monkeypatch.setattr(IndexSearcher, "rank_ids", lambda _: pytest.fail("all chunk ids were ranked"))
+    found = index.lexical(["copper", "zzz"], K, None, worded=True)
+    assert [[row for row, _ in ranking] for ranking in found] == [[0, 2], []]
+    (found,) = index.lexical(["copper"], K, parse_filter({"doc_id": {"in": ["d2", "d9"]}}), worded=True)
+    assert [row for row, _ in found] == [2]
+
+
+def test_shards_share_the_memory_of_filters(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrieval.searcher.FILTERS_BYTES", 3 * 1000)
+    index = open_made(tmp_path, unit_vectors(600), [{"a": 1}] * 600, cuts=(200, 400))
+    wanted = parse_filter({"a": 1})
+    index.dense(unit_vectors(1), 3, wanted)
+    assert all(shard.reader.attributes.cache_bytes == 1000 for shard in index._shards)
+    assert all(
+        shard.reader.attributes.rows(wanted) is not shard.reader.attributes.rows(wanted) for shard in index._shards
+    )

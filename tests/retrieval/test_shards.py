@@ -167,3 +167,10 @@ def test_rows_are_read_in_any_order_without_copying_their_columns(tmp_path: Path
     assert shard.chunk_ids(everything) == [chunks[row].chunk_id for row in everything]
     texts = shard.search_texts(everything)
     assert all(text.endswith(f" {row}") for text, row in zip(texts, everything, strict=True))
+
+
+def test_documents_with_their_text_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrieval.shards.TEXTS_READ", 2)
+    shard = ShardReader.open(tmp_path, write(tmp_path))
+    assert [len(batch) for batch in shard.document_batches()] == [2, 2, 1]
+    assert [len(batch) for batch in shard.document_batches(("doc_id", "digest"))] == [5]
