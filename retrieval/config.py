@@ -56,7 +56,8 @@ class EncoderConfig(Section):
     revision: str | None = None
     """Pinned revision of a hub model."""
     tuned: Literal["auto", "never"] = "auto"
-    """`auto` embeds with this recipe's encoder as fine-tuned by `rayft train retriever`, once one is published."""
+    """`auto` embeds with this recipe's encoder as fine-tuned by `rayft train retriever`, once one is published; a
+    collection with that of a recipe named `<recipe>-<collection>`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights' precision; `auto` measures both once and takes the faster on CPU, bfloat16 on GPU."""
     batch_tokens: int = Field(default=8192, ge=256)

@@ -8,11 +8,13 @@ from cluster.errors import ArtifactError, UserError
 from cluster.store import Store
 from retrieval.collections import build_collections, check_collections, member_recipe, publish_catalog, read_catalog
 from retrieval.config import CollectionConfig, CorpusConfig, EncoderConfig, SearchConfig
+from retrieval.encoder import encoder_digest
 from retrieval.filters import parse_filter
 from retrieval.index import build_index
 from retrieval.retriever import Retriever
 from retrieval.update import update_collections
 from retrieval.update_cli import register_update
+from tests.retrieval.test_index import publish_encoder
 from tests.retrieval.tiny import COUNTRIES, country_text, tiny_encoder, tiny_recipe
 
 SHARES = {"north": (3, 4, 5), "south": (2, 6), "secret": (0, 1, 7)}
@@ -203,3 +205,21 @@ def test_modes_that_differ_between_collections_are_merged_by_rank(made, tmp_path
     assert hits[0].score == pytest.approx(1 / 61) and "south" in {hit.collection for hit in hits[:2]}
     with pytest.raises(UserError, match=r"^search\.mode is dense"):
         retriever.search(["cocoa"], 4, mode="dense")
+
+
+def test_a_collection_uses_what_the_recipe_of_its_name_trained(tmp_path, encoder_path):
+    recipe = _recipe(tmp_path, encoder_path)
+    store = Store(recipe.store.uri)
+    build_collections(recipe, store)
+    alone = recipe.model_copy(
+        update={"name": f"{recipe.name}-north", "collections": {}, "corpus": recipe.collections["north"].corpus}
+    )
+    tuned = publish_encoder(store, alone.name, tiny_encoder(tmp_path / "tuned", seed=8), encoder_digest(recipe.encoder))
+    built = build_index(alone, store)
+    assert built.manifest.parents == {"encoder": str(tuned.ref)}
+    catalog = build_collections(recipe, store)
+    entries = {entry.name: entry.ref for entry in read_catalog(catalog)}
+    assert entries["north"] == built.ref
+    assert store.open_ref(entries["south"]).manifest.parents == {}
+    retriever = Retriever.open(catalog, recipe.encoder, device="cpu")
+    assert {hit.collection for hit in retriever.search(["roses"], 12)[0]} == set(SHARES)
