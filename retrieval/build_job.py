@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from cluster.store import Artifact
     from retrieval.compaction import CompactionPolicy
     from retrieval.vectors import VectorPolicy
 
@@ -53,8 +54,8 @@ class BaseVersion:
     rows: int = 0
     """Deleted ones included."""
 
-    def directory(self) -> Path:
-        """Its files, verified (once per process).
+    def artifact(self) -> Artifact:
+        """The version, with the files that it had when the build began.
 
         Raises:
             ArtifactError: missing or damaged, or a purge has replaced them since the build began.
@@ -65,7 +66,11 @@ class BaseVersion:
         artifact = Store(self.store_uri).open_ref(ArtifactRef.parse(self.ref))
         if artifact.manifest.attempt != self.attempt:
             raise ArtifactError(f"{self.ref}: a document was purged from it meanwhile; run the same command again")
-        return artifact.directory()
+        return artifact
+
+    def directory(self) -> Path:
+        """Its files, verified (once per process); see `artifact`."""
+        return self.artifact().directory()
 
     def open(self) -> tuple[IndexFile, list[ShardReader]]:
         """Its table of contents and shards."""

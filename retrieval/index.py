@@ -298,7 +298,7 @@ def build_into(
         job = dataclasses.replace(job, removed=removed, make_encoder=make_encoder)
         built = run_phases(job, scan, workers, recipe, settle)
         _remove_other_shards(store, attempt, built.shards)
-        shards, placed = _all_shards(store, attempt, job, built)
+        shards, placed = _all_shards(attempt, job, built)
         began = time.perf_counter()
         lexical = write_lexical(job.uri, placed, workers)
         seconds = {**built.seconds, "lexical_s": round(time.perf_counter() - began, 3)}
@@ -409,7 +409,7 @@ def run_phases(
     clock.lap("plan_s")
     embedded = embed_corpus(job, plan, workers)
     clock.lap("embed_s")
-    if job.mode == "dense" and plan.shards:
+    if job.mode == "dense" and plan.rows:
         kind = recipe.index.kind
         say(f"index: {plan.rows:,} chunks into {len(plan.shards)} shard(s), index.kind {kind}")
     shards = write_shards(job, plan, workers)
@@ -437,9 +437,7 @@ def _remove_other_shards(store: Store, attempt: Attempt, shards: Sequence[ShardE
         store.storage.delete(f"{folder}/{name}")
 
 
-def _all_shards(
-    store: Store, attempt: Attempt, job: BuildJob, built: Built
-) -> tuple[tuple[ShardEntry, ...], list[LexicalShard]]:
+def _all_shards(attempt: Attempt, job: BuildJob, built: Built) -> tuple[tuple[ShardEntry, ...], list[LexicalShard]]:
     """Shards of the new version in order, and the same with their global rows and deleted rows.
 
     The files of the base version's living shards are adopted into `attempt`.
@@ -447,7 +445,7 @@ def _all_shards(
     kept = built.plan.base.shards
     if kept:
         assert job.base is not None
-        artifact = store.open_ref(ArtifactRef.parse(job.base.ref))
+        artifact = job.base.artifact()
         folders = {f"{SHARDS_FOLDER}/{entry.shard_id}" for entry in kept}
         names = [file.path for file in artifact.manifest.files if file.path.rpartition("/")[0] in folders]
         attempt.adopt(artifact, {name: name for name in names})

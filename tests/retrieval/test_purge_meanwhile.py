@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from cluster.manifest import ArtifactRef
 from cluster.store import Attempt
 from retrieval import purge
 from retrieval.config import RetrievalRecipe
-from retrieval.index import build_index
+from retrieval.index import _all_shards, base_version, build_index
 from retrieval.purge import purge_document
+from retrieval.rowplan import BaseChange
 from tests.retrieval.stub_encoder import StubEncoder
 from tests.retrieval.updates import current, documents_of, recipe_of, some_rows, store_of
 
@@ -78,3 +80,16 @@ def test_cached_copies_of_versions_that_are_gone_are_removed(
     shutil.copytree(current(recipe).directory(), copies / "does not")
     purge_document(store_of(recipe), "tiny", "d1")
     assert {copy.name for copy in copies.iterdir()} == {"an adapter", "does not"}
+
+
+def test_shards_of_a_version_that_was_purged_meanwhile_are_not_adopted(recipe: RetrievalRecipe) -> None:
+    store = store_of(recipe)
+    base = base_version(store, "tiny", "sync")
+    assert base is not None
+    (entry,) = base.open()[0].shards  # a build has it open
+    purge_document(store, "tiny", "d1")
+    built: Any = SimpleNamespace(plan=SimpleNamespace(base=BaseChange(shards=(entry,))), shards=())
+    with store.attempt(OTHER) as attempt:
+        job: Any = SimpleNamespace(base=base, uri=attempt.uri)
+        with pytest.raises(UserError, match="a document was purged from it meanwhile; run the same command again"):
+            _all_shards(attempt, job, built)
