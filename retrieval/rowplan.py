@@ -63,7 +63,7 @@ class BaseChange:
     """Shards whose live rows are written anew; not empty when the update compacts."""
 
 
-REJECTIONS_SHOWN = 5
+REJECTIONS_SHOWN = 10
 
 
 @dataclass(frozen=True)
