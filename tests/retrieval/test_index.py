@@ -29,8 +29,9 @@ def build(recipe: RetrievalRecipe) -> Artifact:
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_flat"])
 def test_search_every_kind_agrees_with_exact_search(
-    tmp_path: Path, corpus_path: Path, encoder_path: Path, kind: str
+    tmp_path: Path, corpus_path: Path, encoder_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("retrieval.vectors.SMALLEST_INDEXED", 1)
     recipe = tiny_recipe(
         tmp_path, corpus_path, encoder_path, index=IndexConfig.model_validate({"kind": kind, "recall_sample": 500})
     )
