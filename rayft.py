@@ -9,6 +9,7 @@ Not covered: what a stage does (the rooms).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -386,12 +387,20 @@ def ask(
         raise UserError("ask: the question is empty")
     quoted = json.dumps(path, ensure_ascii=False)  # a value is YAML: `notes #1` would lose its end
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in question) else "en"
-    loaded = load("own_documents", [f"language={language}", *(overrides or []), f"corpus.path={quoted}"])
+    settings = [f"name={name_of_folder(path)}", f"language={language}", *(overrides or []), f"corpus.path={quoted}"]
+    loaded = load("own_documents", settings)
     index = build_index(loaded, Store(loaded.store.uri))
     if language == "zh" and loaded.model.base.startswith("embedded:"):
         say("ask: the embedded SmolLM2 hardly knows Chinese: rely on the sources, or name another --set model.base=…")
     answer, hits = answer_with_rag(loaded, index, question)
     say(describe_answer(question, answer, hits))
+
+
+def name_of_folder(path: str) -> str:
+    """The name under which `ask` keeps a folder's index: folders of one name in two places are kept apart."""
+    place = path if "://" in path else str(Path(path).expanduser().absolute())
+    words = re.sub(r"[^a-z0-9]+", "-", Path(place).stem.lower()).strip("-")[:32].strip("-") or "documents"
+    return f"{words}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
 
 
 def main() -> None:

@@ -126,6 +126,17 @@ def test_more_passages_than_the_corpus_has_are_refused_by_name(tmp_path):
     assert demo.stderr.strip().startswith("rayft: generation.passages is 3 but the index has 1 chunks")
 
 
+def test_ask_keeps_the_indexes_of_folders_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [
+        rayft.name_of_folder(path) for path in ("docs", "old/docs", "docs/", "My Docs #1", "文档", "s3://bucket/docs")
+    ]
+    assert names[0] == names[2] and len(set(names)) == 5
+    assert names[0].startswith("docs-") and names[3].startswith("my-docs-1-") and names[4].startswith("documents-")
+    for name in names:
+        assert load_recipe("own_documents", [f"name={name}"], rayft.Recipe).name == name
+
+
 def test_source_with_files_of_ones_own_leaves_them_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("factbook", ["corpus.path=c.jsonl", "questions.path=q.jsonl"], rayft.Recipe)
