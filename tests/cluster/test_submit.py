@@ -27,7 +27,7 @@ from cluster.submit import RECIPE_FILE, Job, absolute_paths, entrypoint, stage_p
 RECIPE = """\
 name: tiny
 corpus: {path: docs}
-index: {search: lexical}
+search: {mode: lexical}
 """
 
 

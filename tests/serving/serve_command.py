@@ -24,7 +24,7 @@ def main(directory: Path, base: str, port: int) -> None:
             "store": {"uri": str(directory / "store")},
             "ray": {"num_cpus": 2},
             "corpus": {"path": str(write_corpus(directory / "corpus.jsonl"))},
-            "index": {"search": "lexical"},
+            "search": {"mode": "lexical"},
             "model": {"base": base, "precision": "float32"},
             "generation": {"max_new_tokens": 16, "threads": 1},
             "serve": {"port": port},
