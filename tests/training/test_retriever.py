@@ -61,9 +61,9 @@ def test_train_retriever_wins_on_held_out_questions_and_says_by_how_much(recipe,
     measured, counts = tuned.manifest.measured, tuned.manifest.counts
     assert measured["gain"]["value"] > 0.1
     assert set(measured["splits"]) == {"test_new_questions", "test_new_documents"}
-    new = measured["splits"]["test_new_questions"]
+    new = measured["splits"]["test_new_documents"]
     assert new["after"]["recall@5"]["value"] > new["before"]["recall@5"]["value"]
-    assert new["before"]["recall@5"]["n"] == 6
+    assert [measured["splits"][split]["before"]["recall@5"]["n"] for split in sorted(measured["splits"])] == [12, 6]
     assert counts["rows"] == counts["training_questions"]
     assert counts["training_questions"] + counts["validation_questions"] == 36
     assert counts["measured_passages"] == counts["indexed_passages"]
