@@ -66,8 +66,9 @@ def _knowledge_change(
     recipe: EvaluationRecipe, parts: Parts, adapters: Sequence[str], *, searched: bool
 ) -> dict[str, Any]:
     """What it takes to make the strategy answer from a changed fact."""
-    if searched:
-        return {"how": "re-index", "seconds": _seconds(parts.index), "cost_usd": _index_cost(recipe, parts)}
+    if searched:  # the stage that made this version of the index: an update, or a build of all of it
+        how = "update index" if "update" in parts.index.manifest.measured else "re-index"
+        return {"how": how, "seconds": _seconds(parts.index), "cost_usd": _index_cost(recipe, parts)}
     if adapters:
         stages = [parts.adapters[name] for name in adapters] + ([parts.samples] if parts.samples else [])
         cost = sum(_training_cost(recipe, parts.adapters[name]) for name in adapters)

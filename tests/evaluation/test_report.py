@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.errors import UserError
 from cluster.store import Store
+from evaluation import dimensions as dimension_rules
 from evaluation.examples import highlight
 from evaluation.report import choose_questions, evaluate, read_report
 from evaluation.table import WIDTH, render_text
@@ -62,6 +64,13 @@ def test_figures_are_those_of_the_answers(report):
 
 def _chosen(report):
     return choose_questions(make_recipe("unused"), report.store.open("samples", "invented"))
+
+
+@pytest.mark.parametrize(("measured", "how"), [({"update": {"embedded": 1}}, "update index"), ({}, "re-index")])
+def test_an_updated_index_shows_the_update_beside_retraining(measured, how):
+    parts = SimpleNamespace(index=SimpleNamespace(manifest=SimpleNamespace(measured={**measured, "stage_seconds": 8})))
+    change = dimension_rules._knowledge_change(make_recipe("unused"), parts, [], searched=True)
+    assert (change["how"], change["seconds"]) == (how, 8)
 
 
 def test_dimensions_say_how_a_fact_changes_and_what_it_costs(report):
