@@ -6,14 +6,13 @@ In: the content of `report.json`. Out: text for `cluster.progress.say`. Not cove
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from io import StringIO
+from collections.abc import Mapping
 from typing import Any
 
+from cluster.text_table import WIDTH, render_table
 from evaluation.metrics import METRICS
 from evaluation.summary import describe_difference
 
-WIDTH = 100
 QUALITY_COLUMNS = ("exact_match", "f1", "contained", "recall_at_k", "verified_answers")
 SPLIT_TITLES = {
     "test_new_documents": "documents never seen in training",
@@ -51,28 +50,6 @@ def describe_alarm(alarm: Mapping[str, Any]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=caption or None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out = StringIO()
-    Console(file=out, width=WIDTH, markup=False, highlight=False, emoji=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
 def _dimension_table(report: Mapping[str, Any]) -> str:
     headers = ("strategy", "to change a fact", "search", "generate", "P95", "1,000 answers", "hallucination")
     rows = [
@@ -92,7 +69,7 @@ def _dimension_table(report: Mapping[str, Any]) -> str:
         f"Cost: measured batch throughput at ${prices['cpu_core_hour']:g} per core hour and ${prices['gpu_hour']:g} "
         f"per GPU hour; “+” is paid once, for index and training. Hallucination: n={n}, 95% interval in brackets."
     )
-    return _table("Knowledge change, latency, cost, hallucination", headers, rows, caption)
+    return render_table("Knowledge change, latency, cost, hallucination", headers, rows, caption)
 
 
 def _quality_table(report: Mapping[str, Any], split: str) -> str:
@@ -100,7 +77,7 @@ def _quality_table(report: Mapping[str, Any], split: str) -> str:
     headers = ["strategy", *(METRICS[name].label for name in QUALITY_COLUMNS)]
     rows = [[name, *(compact(metrics[name].get(column)) for column in QUALITY_COLUMNS)] for name in metrics]
     title = f"Quality on {SPLIT_TITLES[split]} (n={report['questions'][split]})"
-    return _table(title, headers, rows, f"Brackets: 95% interval. k={report['settings']['passages']}.")
+    return render_table(title, headers, rows, f"Brackets: 95% interval. k={report['settings']['passages']}.")
 
 
 def compact(estimate: Mapping[str, float] | None) -> str:

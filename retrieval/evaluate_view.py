@@ -5,11 +5,12 @@ In: the content of `retrieval.json`. Out: text, and the bytes of a PNG. Not cove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from io import BytesIO, StringIO
+from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
 
-WIDTH = 100
+from cluster.text_table import render_table
+
 MAX_KINDS = 30
 # Okabe and Ito's palette, distinct under colour blindness.
 _COLOURS = {"dense": "#0072b2", "lexical": "#e69f00", "hybrid": "#009e73", "reranked": "#cc79a7"}
@@ -56,7 +57,7 @@ def _measures_table(report: Mapping[str, Any]) -> str:
         caption += f" Misses because no golden document is in the index: {asked['golden_missing']}."
     if asked["without_golden"]:
         caption += f" Questions left out because they name no golden place: {asked['without_golden']}."
-    return _table(title, ["", *modes], rows, caption)
+    return render_table(title, ["", *modes], rows, caption)
 
 
 def _differences_table(report: Mapping[str, Any]) -> str:
@@ -64,7 +65,7 @@ def _differences_table(report: Mapping[str, Any]) -> str:
     names = shown_measures(report)
     rows = [[name, *(describe_difference(differences[mode][name]) for mode in differences)] for name in names]
     headers = ["", *(f"{mode} − {reference}" for mode in differences)]
-    return _table("Paired differences", headers, rows, "*: the 95% interval excludes 0.")
+    return render_table("Paired differences", headers, rows, "*: the 95% interval excludes 0.")
 
 
 def _kinds_table(report: Mapping[str, Any]) -> str:
@@ -81,7 +82,7 @@ def _kinds_table(report: Mapping[str, Any]) -> str:
         for kind, row in ranked[:MAX_KINDS]
     ]
     more = len(ranked) - MAX_KINDS
-    return _table(f"{name} by kind of question", ["", "n", *modes], rows, f"And {more} more." if more > 0 else "")
+    return render_table(f"{name} by kind of question", ["", "n", *modes], rows, f"And {more} more." if more > 0 else "")
 
 
 def shown_measures(report: Mapping[str, Any]) -> list[str]:
@@ -96,28 +97,6 @@ def shown_k(report: Mapping[str, Any]) -> int:
     """The k of one-line views: 5 where it was measured, else the largest."""
     ks: list[int] = report["settings"]["k"]
     return 5 if 5 in ks else max(ks)
-
-
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=caption or None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out = StringIO()
-    Console(file=out, width=WIDTH, markup=False, highlight=False, emoji=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def retrieval_plot(report: Mapping[str, Any]) -> bytes:

@@ -82,10 +82,14 @@ def index_plan(recipe: RetrievalRecipe, store: Store) -> Plan:
     Raises:
         UserError: naming `corpus.path` or `encoder.model`, when there is nothing there.
     """
+    return plan_from(recipe, store, {CORPUS_INPUT: corpus_digest(recipe.corpus)})
+
+
+def plan_from(recipe: RetrievalRecipe, store: Store, documents: dict[str, str]) -> Plan:
+    """The plan of an index whose documents follow from the inputs `documents`: name to digest or version."""
     source = encoder_source(recipe, store)
-    inputs = {CORPUS_INPUT: corpus_digest(recipe.corpus), BASE_INPUT: encoder_digest(recipe.encoder)}
-    removed = removed_digest(store, recipe.name)
-    if removed:
+    inputs = {**documents, BASE_INPUT: encoder_digest(recipe.encoder)}
+    if removed := removed_digest(store, recipe.name):
         inputs[REMOVED_INPUT] = removed
     return Plan(
         kind="index",

@@ -20,29 +20,27 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
-from cluster.manifest import ArtifactRef, fingerprint
+from cluster.manifest import fingerprint
 from cluster.progress import describe_seconds, say
 from cluster.stage import Outcome, Plan, rebuild_reasons, run_stage
 from retrieval.build_job import BaseVersion, BuildJob, MakeEncoder
 from retrieval.config import RetrievalRecipe
 from retrieval.documents import CorpusScan, corpus_digest, read_block, scan_corpus
-from retrieval.encoder import BASE_INPUT, Encoder, encoder_digest, encoder_source
+from retrieval.encoder import BASE_INPUT, Encoder, encoder_source
 from retrieval.index import (
     DELTA_INPUT,
-    REMOVED_INPUT,
     base_version,
     build_index,
     build_into,
     check_chunks_fit,
     finish_work,
-    index_config,
     index_plan,
+    plan_from,
     planned_encoder,
     why_build,
     with_planned_ledger,
 )
 from retrieval.ledger import RemovedIds, add_deleted, lift_deleted, removed_digest, removed_ids
-from retrieval.shards import INDEX_FORMAT
 from retrieval.sources import corpus_root
 
 if TYPE_CHECKING:
@@ -217,19 +215,7 @@ def _update_by_delta(
 
 def _delta_plan(recipe: RetrievalRecipe, store: Store, base: BaseVersion, delta: str) -> Plan:
     """The base version is an input, not a parent: no version needs an earlier one, and gc may take it."""
-    source = encoder_source(recipe, store)
-    inputs = {BASE_INPUT: encoder_digest(recipe.encoder), "base version": base.ref, DELTA_INPUT: delta}
-    if removed := removed_digest(store, recipe.name):
-        inputs[REMOVED_INPUT] = removed
-    return Plan(
-        kind="index",
-        name=recipe.name,
-        config=index_config(recipe),
-        inputs=inputs,
-        parents={"encoder": ArtifactRef.parse(source.ref)} if source.ref else {},
-        format=INDEX_FORMAT,
-        seed=recipe.seed,
-    )
+    return plan_from(recipe, store, {"base version": base.ref, DELTA_INPUT: delta})
 
 
 def _scan_delta(recipe: RetrievalRecipe, upsert: str) -> CorpusScan:
