@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import text_match
+from training import text_match
 from evaluation.intervals import Estimate, share
 from evaluation.records import Prediction
 from retrieval.records import Passage

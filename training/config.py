@@ -5,26 +5,50 @@ Imports no torch, ray or faiss.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Section
 from retrieval.config import RetrievalRecipe
 from training.teacher_config import TeacherConfig
 
 
+class QuestionColumns(Section):
+    """Which columns of a question file hold a question's parts; all others become metadata."""
+
+    id: str = "_id"
+    """Question id. Where a file has no such column, a row's id is its file's name and number (`faq.csv#7`)."""
+    text: str = "text"
+    """The question; a row without it is refused."""
+    answers: str = "answers"
+    """Accepted answers: a list, or one answer."""
+    golden: str = "golden"
+    """Where the answer stands: document ids or `{doc_id, start, end}`, a list or one."""
+    split: str = "split"
+    """One of train, test_new_questions, test_new_documents, test_new_kinds; may be absent."""
+    reasoning: str = "reasoning"
+    """Short reasoning that leads to the answer (`prompt.reasoning`); may be absent."""
+    quote: str = "quote"
+    """A passage's sentence that supports the answer; may be absent: rayft looks for one."""
+
+
 class QuestionsConfig(Section):
     """Questions with answers, and how they are split."""
 
     path: str = ""
-    """BEIR-like `questions.jsonl`: `_id`, `text`, `answers`, `golden` and, optionally, `split`, `metadata`."""
+    """Questions: rayft's or BEIR's .jsonl, SQuAD's .json (1.1 or 2.0), .csv or .parquet."""
     test_path: str = ""
     """A second file of test questions; without it, questions that carry no `split` are split by document."""
-    test_documents_fraction: float = Field(default=0.2, gt=0, lt=1)
+    columns: QuestionColumns = QuestionColumns()
+    """Columns of .jsonl, .csv and .parquet."""
+    test_documents_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of documents held out whole when rayft splits (test_new_documents)."""
     test_questions_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the other documents' questions held out (test_new_questions)."""
+    near_duplicate: float = Field(default=0.9, gt=0, le=1)
+    """Two questions with the same answer about the same document are one when they share this much of their words:
+    the later one is left out, and a training question that repeats a test question always."""
 
 
 class PromptConfig(Section):
@@ -35,7 +59,7 @@ class PromptConfig(Section):
     quotes: bool = True
     """Targets carry a verbatim quote before the answer."""
     reasoning: bool = False
-    """Targets carry the question's `metadata.reasoning` before the quote, where there is one."""
+    """Targets carry the question's reasoning (`questions.columns.reasoning`) before the quote, where there is one."""
 
 
 class SamplesConfig(Section):
@@ -45,16 +69,37 @@ class SamplesConfig(Section):
     """Most RAFT rows; kinds of question and documents are spread evenly."""
     dsf_rows: int = Field(default=300, ge=1)
     """Most closed-book rows."""
+    validation_rows: int = Field(default=24, ge=0)
+    """Most rows of each objective that are kept from training to validate it. They are drawn from the training
+    questions that are left over, so that they cost no training row where there are enough questions; at most a fifth
+    of the rows where there are not."""
     golden_fraction: float = Field(default=0.9, ge=0, le=1)
     """P: share of rows that keep the golden passage."""
-    distractors: int = Field(default=2, ge=0)
-    """Distractor passages per row beside the golden one."""
+    distractors: int | tuple[int, int] = 2
+    """Distractor passages per row beside the golden one: a number, or `[least, most]`, drawn per row."""
     distractor_source: Literal["mined", "random", "mixed"] = "mined"
     """`mined`: what the index finds for the question; `random`: any chunk; `mixed`: half and half."""
+    mining_depth: int = Field(default=24, ge=1)
+    """Hits searched per question to mine distractors from: enough that filtering leaves some."""
+    near_duplicate: float = Field(default=0.9, gt=0, le=1)
+    """Share of words in common with the golden passage from which a passage is no distractor."""
     without_golden: Literal["memorise", "abstain", "drop"] = "memorise"
-    """Target of a row without its golden passage: the answer without a quote, an abstention, or no row at all."""
+    """Target of a row without its golden passage: the answer without a quote, an abstention, or no row at all.
+    Questions that have no answer at all (`unanswerable`) are always taught to abstain."""
     max_answer_chars: int = Field(default=120, ge=1)
     """Questions with a longer first answer are left out (and counted)."""
+
+    @model_validator(mode="after")
+    def _distractors_are_a_range(self) -> Self:
+        least, most = self.distractor_range
+        if not 0 <= least <= most:
+            raise ValueError(f"distractors: {self.distractors} is not a number or [least, most] from 0 up")
+        return self
+
+    @property
+    def distractor_range(self) -> tuple[int, int]:
+        """Least and most distractors of a row."""
+        return (self.distractors, self.distractors) if isinstance(self.distractors, int) else self.distractors
 
 
 class ModelConfig(Section):
@@ -64,6 +109,10 @@ class ModelConfig(Section):
     """`embedded:NAME` (a package's model), a local directory, an `s3://` path, or a hub id."""
     revision: str | None = None
     """Pinned revision of a hub model."""
+    chat_template: str = ""
+    """Chat template of a model that brings none: `plain`, or a Jinja file; empty takes the model's own."""
+    accept_licence: str = ""
+    """Name of the licence of an optional embedded model, where it asks to be accepted (rayft shows it)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights' precision in training and generation; `auto` is bfloat16 where the hardware computes it natively."""
 
@@ -96,6 +145,15 @@ class TrainConfig(Section):
     """Rows per optimiser step, over all workers."""
     dsf_batch_rows: int = Field(default=16, ge=1)
     """Closed-book rows per optimiser step, over all workers (they are short)."""
+    mixture: dict[Literal["raft", "dsf"], float] = Field(default_factory=dict)
+    """Shares of RAFT and closed-book rows that the `raft` adapter learns from, such as `{raft: 0.8, dsf: 0.2}`; empty
+    takes RAFT rows alone. All RAFT rows are used; closed-book rows are drawn, or repeated, to meet the share."""
+    micro_batch_tokens: int = Field(default=3072, ge=64)
+    """Most tokens, padding included, that a worker computes at once: a step's rows are cut into as many micro-batches
+    as that takes, and their gradients added up."""
+    packing: Literal["none", "best_fit"] = "none"
+    """`none`: rows of like length are padded to one width; `best_fit`: rows are laid end to end without attention
+    across them, which pays off where attention kernels skip what is masked (GPUs)."""
     max_tokens: int = Field(default=1024, ge=64)
     """Rows with more tokens are left out (and counted)."""
     workers: int = Field(default=1, ge=1)
@@ -110,8 +168,32 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO stage."""
     zero3_persistence_threshold: int | None = Field(default=None, ge=0)
     """ZeRO-3 keeps parameters of fewer elements whole on every worker; none takes DeepSpeed's default."""
+    offload: Literal["none", "cpu"] = "none"
+    """Keep optimiser states (ZeRO 1 to 3) and parameters (ZeRO-3) in the host's memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    checkpoint_minutes: float = Field(default=2, ge=0)
+    """Most minutes of work that a crash can cost; 0 writes a checkpoint after every step."""
+    restarts: int = Field(default=3, ge=0)
+    """How often lost workers are replaced before the run gives up; a resubmitted run goes on from its checkpoint."""
+    validations_per_epoch: int = Field(default=2, ge=0)
+    """Validations in each epoch; 0 measures once, at the end."""
+    probe_rows: int = Field(default=8, ge=0)
+    """Validation questions that are answered at each validation (EM and F1)."""
+    patience: int = Field(default=3, ge=0)
+    """RAFT: validations without a lower loss after which training stops, and the state with the lowest loss is kept;
+    0 trains to the end and keeps the last."""
+    dsf_patience: int = Field(default=0, ge=0)
+    """The same for the closed-book adapter, whose validation questions ask for facts that it was never told."""
+    tracker: Literal["tensorboard", "mlflow", "wandb", "none"] = "tensorboard"
+    """Where the run's curves go beside `history.jsonl`; mlflow and wandb are set up by their own environment
+    variables and need `pip install 'rayft[trackers]'`."""
+
+    @model_validator(mode="after")
+    def _mixture_has_weights(self) -> Self:
+        if self.mixture and (min(self.mixture.values()) < 0 or not self.mixture.get("raft")):
+            raise ValueError(f"mixture: {self.mixture} needs a weight above 0 for raft, and none below 0")
+        return self
 
 
 class RetrieverTraining(Section):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.text_match import contains, exact_match, f1, names, numbers, unsupported
+from training.text_match import contains, exact_match, f1, names, numbers, unsupported
 
 WORDS = st.lists(
     st.sampled_from(["the", "a", "An", "Paris,", "River", "river", "1,250", "3.5%", "-", "km", "(2021)"]), max_size=7
