@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training import text_match
 from evaluation.intervals import Estimate, share
 from evaluation.records import Prediction
 from retrieval.records import Passage
+from training import text_match
 
 Score = tuple[float, float]
 _NOT_APPLICABLE: Score = (0.0, 0.0)
