@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from cluster.config import Section
 from serving.config import ServingRecipe, StrategyName
 
 
+Task = Literal["answers", "labels", "api_calls"]
+
+
 class EvaluateConfig(Section):
     """What is compared, and on how many questions."""
 
+    task: Task = "answers"
+    """How answers are scored. `answers`: EM and F1 against the accepted answers; `labels`: accuracy and macro-F1 over
+    the labels that the accepted answers name (yes, no, maybe); `api_calls`: `torch.hub.load(…)` calls, right where
+    they match an API of the corpus in the golden API's `metadata.domain`."""
     strategies: tuple[StrategyName, ...] = ("base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft")
     """Strategies compared on the same questions."""
     new_documents: int = Field(default=60, ge=0)
     """Most questions about documents never seen in training."""
     new_questions: int = Field(default=30, ge=0)
     """Most held-out questions about documents seen in training."""
+    new_kinds: int = Field(default=0, ge=0)
+    """Most questions of kinds never seen in training, about documents never seen either."""
     latency_rows: int = Field(default=6, ge=0)
     """Questions per strategy that are answered once more, one at a time, to measure a lone request's latency."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
