@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.records import Record
 from retrieval.records import Passage
+
+Objective = Literal["raft", "dsf"]
+"""What a row teaches: to answer from the passages shown, or closed book."""
 
 
 @dataclass(frozen=True)
