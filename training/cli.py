@@ -112,10 +112,11 @@ def train_app(load: Load) -> typer.Typer:
         overrides: SetOption = None,
     ) -> None:
         """Fine-tune the encoder on the questions, and rebuild the index with it. Exit status 1 if it does not win."""
+        from cluster.errors import NotBetterError
         from cluster.progress import complain, say
         from cluster.store import Store
         from retrieval.index import build_index
-        from training.retriever import NotBetterError, train_retriever
+        from training.retriever import train_retriever
 
         loaded = load(recipe, overrides or [])
         store = Store(loaded.store.uri)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import UserError
+from cluster.errors import NotBetterError, UserError
 from cluster.progress import say
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
@@ -42,10 +42,6 @@ ENCODER_FORMAT = 1
 RESAMPLES = 2000
 RESOURCES = ("cached_texts",)
 """Keys of the `retriever` section that change time and memory, and not the result."""
-
-
-class NotBetterError(UserError):
-    """The tuned encoder does not rank held-out questions better, so it was not published."""
 
 
 def encoder_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:

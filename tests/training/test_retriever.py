@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 import training.retriever
-from cluster.errors import ArtifactError, UserError
+from cluster.errors import ArtifactError, NotBetterError, UserError
 from cluster.store import Store
 from retrieval.config import CollectionConfig, CorpusConfig
 from retrieval.index import build_index
@@ -19,7 +19,7 @@ from retrieval.retriever import Retriever
 from tests.training.tiny import TEST_COUNTRIES, country_questions
 from training.cli import train_app
 from training.config import TrainingRecipe
-from training.retriever import NotBetterError, compare, divide_questions, encoder_plan, train_retriever, untuned_index
+from training.retriever import compare, divide_questions, encoder_plan, train_retriever, untuned_index
 from training.retriever_checkpoint import Progress, load_checkpoint, save_checkpoint
 from training.retriever_measure import Pool
 from training.retriever_mining import HELD_OUT, TRAINING, VALIDATION, mine
