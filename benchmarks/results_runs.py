@@ -1,0 +1,317 @@
+"""The runs behind docs/results.md: read from YAML, carried out one after another, written down one by one.
+
+In: a cells file (benchmarks/results.yaml), the folder of the data sets, a store. Out: per run one JSON record in the
+work folder (`Record`: done or failed, the report's and the release's version, seconds per step) and one log. A run
+that is done is not repeated, one that failed is tried again, and neither stops the others.
+Not covered: what the reports say (benchmarks/results_page.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from benchmarks.conditions import describe_conditions
+from cluster.config import Section
+from cluster.errors import UserError
+from cluster.manifest import ArtifactRef
+from cluster.progress import describe_seconds, say
+from cluster.recipe import load_recipe
+from cluster.store import Store
+from rayft import Recipe
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "sentence-transformers", "faiss-cpu")
+Part = Literal["table", "quotes", "reasoning", "retriever", "ablation", "passages", "chinese"]
+State = Literal["done", "failed"]
+
+
+class RunEntry(Section):
+    """A run as the cells file states it."""
+
+    name: str
+    """Name of the run: its record and its log."""
+    part: Part
+    """Place of its report in the page."""
+    column: str = ""
+    """Heading of its data set in the page; empty takes that of the run it is like."""
+    like: str = ""
+    """A run before it, whose recipe, data, column and settings it takes."""
+    recipe: str = ""
+    """Recipe file, or name of a packaged one."""
+    data: str = ""
+    """Folder under --data with corpus.jsonl and questions.jsonl; empty for a recipe that brings its own."""
+    settings: tuple[str, ...] = ()
+    """`--set` overrides, after those of the run it is like."""
+    steps: str = "all"
+    """Name of the list of commands."""
+
+
+class GridEntry(Section):
+    """Runs of every combination of some settings."""
+
+    part: Part
+    """Place of their reports in the page."""
+    like: str
+    """The run whose recipe, data, column and settings they take."""
+    settings: tuple[str, ...] = ()
+    """Further overrides."""
+    steps: str
+    """Name of the list of commands."""
+    axes: dict[str, list[float | int]]
+    """Recipe key to its values."""
+
+
+class Cells(Section):
+    """A cells file."""
+
+    steps: dict[str, tuple[str, ...]]
+    """Name to rayft commands; each is given the recipe and the settings of the run."""
+    runs: tuple[RunEntry, ...]
+    """Runs in order."""
+    grids: tuple[GridEntry, ...] = ()
+    """Grids of runs, after the runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run, with everything that it takes from others filled in."""
+
+    name: str
+    part: Part
+    column: str
+    recipe: str
+    data: str
+    settings: tuple[str, ...]
+    steps: tuple[str, ...]
+    axes: tuple[tuple[str, float], ...] = ()
+
+    def digest(self) -> str:
+        """Changes with anything that the run's result depends on in the cells file."""
+        content = json.dumps([self.recipe, self.data, self.settings, self.steps])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What became of a run."""
+
+    name: str
+    digest: str
+    state: State
+    reason: str = ""
+    report: str = ""
+    release: str = ""
+    seconds: tuple[tuple[str, float], ...] = ()
+    conditions: str = ""
+
+
+def read_cells(path: Path) -> list[Run]:
+    """The runs of a cells file, in order.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, a name is repeated or stands for nothing.
+    """
+    try:
+        cells = Cells.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--cells: cannot read {path}: {error}") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(f"--cells: {path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+    runs: dict[str, Run] = {}
+    for entry in cells.runs:
+        run = _resolve(cells, runs, entry)
+        if run.name in runs:
+            raise UserError(f"--cells: {path}: two runs are named {run.name}")
+        runs[run.name] = run
+    for grid in cells.grids:
+        for values in itertools.product(*grid.axes.values()):
+            run = _grid_run(cells, runs, grid, tuple(zip(grid.axes, values, strict=True)))
+            runs[run.name] = run
+    return list(runs.values())
+
+
+def _resolve(cells: Cells, runs: Mapping[str, Run], entry: RunEntry) -> Run:
+    if entry.steps not in cells.steps:
+        raise UserError(f"--cells: run {entry.name}: no steps are named {entry.steps}")
+    base = _like(runs, entry.like, entry.name) if entry.like else None
+    recipe = entry.recipe or (base.recipe if base else "")
+    if not recipe:
+        raise UserError(f"--cells: run {entry.name} names neither a recipe nor a run that it is like")
+    return Run(
+        name=entry.name,
+        part=entry.part,
+        column=entry.column or (base.column if base else entry.name),
+        recipe=recipe,
+        data=entry.data or (base.data if base else ""),
+        settings=(*(base.settings if base else ()), *entry.settings),
+        steps=cells.steps[entry.steps],
+    )
+
+
+def _grid_run(cells: Cells, runs: Mapping[str, Run], grid: GridEntry, axes: tuple[tuple[str, float], ...]) -> Run:
+    short = "-".join(f"{key.rpartition('.')[2]}-{value:g}" for key, value in axes)
+    name = f"{grid.like}-{short}".replace("_", "-")
+    stated = (*grid.settings, *(f"{key}={value:g}" for key, value in axes))
+    entry = RunEntry(name=name, part=grid.part, like=grid.like, settings=stated, steps=grid.steps)
+    return dataclasses.replace(_resolve(cells, runs, entry), axes=axes)
+
+
+def _like(runs: Mapping[str, Run], name: str, of: str) -> Run:
+    if name not in runs:
+        raise UserError(f"--cells: run {of} is like {name}, which is no run before it")
+    return runs[name]
+
+
+def settings_of(run: Run, data: Path | None, store_uri: str) -> list[str]:
+    """All overrides of a run.
+
+    Raises:
+        UserError: the run needs a data set that is not there.
+    """
+    settings = [f"store.uri={store_uri}"]
+    if run.data:
+        if data is None:
+            raise UserError(f"needs --data DIR with {run.data}/corpus.jsonl and {run.data}/questions.jsonl")
+        folder = data / run.data
+        for key in ("corpus", "questions"):
+            if not (folder / f"{key}.jsonl").is_file():
+                raise UserError(f"--data: {folder / key}.jsonl does not exist")
+            settings.append(f"{key}.path={folder / key}.jsonl")
+    return [*settings, *run.settings]
+
+
+def command_of(step: str, recipe: str, settings: Sequence[str]) -> list[str]:
+    """A step as a command line: `train lora --force` becomes `train lora RECIPE --set … --force`; options that the
+    step states come last, so that they win."""
+    words = shlex.split(step)
+    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [*words[:first], recipe, *sets, *words[first:]]
+
+
+Call = Callable[[list[str], Path], int]
+
+
+def call_rayft(words: list[str], log: Path) -> int:
+    """Runs `rayft WORDS…` in a process of its own, its output appended to `log`; the exit status."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ rayft {shlex.join(words)}\n")
+        file.flush()
+        done = subprocess.run([sys.executable, "-m", "rayft", *words], stdout=file, stderr=file, check=False)
+    return done.returncode
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    """Where runs are carried out and written down."""
+
+    work: Path
+    """Folder of records and logs."""
+    store: Store
+    data: Path | None = None
+    call: Call = call_rayft
+
+    def record(self, run: Run) -> Record | None:
+        """What became of `run`, as the cells file states it now; none if it was not carried out."""
+        path = self.work / f"{run.name}.json"
+        if not path.is_file():
+            return None
+        row = json.loads(path.read_text(encoding="utf-8"))
+        record = Record(**{**row, "seconds": tuple(tuple(pair) for pair in row["seconds"])})
+        return record if record.digest == run.digest() else None
+
+    def write(self, record: Record) -> Record:
+        """Writes a record down."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        temporary = self.work / f".{record.name}.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.work / f"{record.name}.json")
+        return record
+
+    def log(self, run: Run) -> Path:
+        """Where the output of a run's commands goes."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work / f"{run.name}.log"
+
+
+def carry_out_next(place: Workplace, run: Run, report_format: int, label: str) -> Record:
+    """Carries out a run unless it is done; one that fails is written down, and raises nothing."""
+    known = place.record(run)
+    if known and known.state == "done" and _report_format(place.store, known) == report_format:
+        say(f"results: {label}: {run.name} is done already")
+        return known
+    began = time.monotonic()
+    say(f"results: {label}: {run.name} begins; its log is {place.log(run)}")
+    record = place.write(carry_out(place, run, known))
+    told = "is done" if record.state == "done" else f"failed: {record.reason}"
+    say(f"results: {run.name} {told} ({describe_seconds(time.monotonic() - began)})")
+    return record
+
+
+def carry_out(place: Workplace, run: Run, known: Record | None = None) -> Record:
+    """One run from its first command to its report. Where only the report is out of date, only that is made anew."""
+    record = Record(run.name, run.digest(), "failed")
+    try:
+        settings = settings_of(run, place.data, place.store.uri)
+        recipe = load_recipe(run.recipe, settings, Recipe)
+    except UserError as error:
+        return dataclasses.replace(record, reason=str(error))
+    steps, seconds = run.steps, ()
+    if known and known.state == "done" and place.store.exists(ArtifactRef("release", recipe.name, known.release)):
+        steps, seconds = (f"evaluate --release {known.release}",), known.seconds
+    conditions = describe_conditions(PACKAGES, recipe.seed)
+    for step in steps:
+        began = time.monotonic()
+        log = place.log(run)
+        status = place.call(command_of(step, run.recipe, settings), log)
+        if status != 0:
+            return dataclasses.replace(record, reason=f"`rayft {step}` ended with status {status}: {_last_line(log)}")
+        seconds = (*seconds, (step, round(time.monotonic() - began, 1)))
+    report = place.store.current("report", recipe.name)
+    release = place.store.current("release", recipe.name)
+    if report is None:
+        return dataclasses.replace(record, reason="its commands made no report")
+    if steps != run.steps and known:
+        release = known.release
+    return dataclasses.replace(
+        record,
+        state="done",
+        report=str(ArtifactRef("report", recipe.name, report)),
+        release=release or "",
+        seconds=seconds,
+        conditions=known.conditions if known and steps != run.steps else conditions,
+    )
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("rayft: ")]
+    return (own or lines or ["no output"])[-1][:300]
+
+
+def _report_format(store: Store, record: Record) -> int:
+    """The format of a record's report; 0 where the store has lost it."""
+    ref = ArtifactRef.parse(record.report)
+    return store.open_ref(ref).manifest.format if store.exists(ref) else 0
+
+
+def load_report(store: Store, record: Record) -> dict[str, Any] | None:
+    """The report of a run that is done, or none."""
+    from evaluation.report import read_report
+
+    if record.state != "done" or not store.exists(ref := ArtifactRef.parse(record.report)):
+        return None
+    return read_report(store.open_ref(ref))
