@@ -11,6 +11,9 @@ from typing import Any
 
 from cluster.records import Record
 
+UNANSWERABLE = "unanswerable"
+"""`metadata.kind` of questions that the documents do not answer."""
+
 
 @dataclass(frozen=True)
 class Document(Record):
@@ -105,8 +108,9 @@ class Golden(Record):
 
 @dataclass(frozen=True)
 class Question(Record):
-    """A question with its accepted answers and golden places; `split` is train, valid, test_new_questions or
-    test_new_documents (empty: not yet split). `metadata.kind` names the kind of question where there is one."""
+    """A question with its accepted answers and golden places; `split` is train, test_new_questions, test_new_documents
+    or test_new_kinds (empty: not yet split). `metadata.kind` names the kind of question where there is one;
+    `metadata.doc_id` the document that an unanswerable question was asked about, where that is known."""
 
     question_id: str
     text: str
@@ -114,3 +118,18 @@ class Question(Record):
     golden: tuple[Golden, ...] = ()
     split: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unanswerable(self) -> bool:
+        """Whether it is known to have no answer in the documents, so that an abstention answers it; a question that
+        merely comes without answers (BEIR's queries) is not."""
+        marked = self.metadata.get("kind") == UNANSWERABLE or self.metadata.get("is_impossible") is True
+        return (marked or self.metadata.get("answerable") is False) and not self.answers and not self.golden
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Ids of the documents that it is about, each once: the golden ones, or an unanswerable question's."""
+        if self.golden:
+            return tuple(dict.fromkeys(golden.doc_id for golden in self.golden))
+        asked_about = self.metadata.get("doc_id") if self.unanswerable else None
+        return (str(asked_about),) if asked_about else ()

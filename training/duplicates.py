@@ -1,19 +1,25 @@
-"""Near-duplicate and ambiguous questions, found in time that grows linearly.
+"""Near-duplicate, leaking and ambiguous questions, found in time that grows linearly.
 
-In: questions in a fixed order. Out: which are kept, and why each other one is not. Four rules: the same words with the
-same answer (anywhere); nearly the same words with the same answer about the same document; the same question with
-different answers in different places, which nobody can answer without being told the place; a question meant to be
-unanswerable that another place answers.
+In: questions in a fixed order. Out: which are kept, and why each other one is not. Two users, two sets of rules:
+
+- `drop_repeats`, for questions that a user brings: two are one when their answers agree, they are about the same
+  document, and they share nearly all words; a training question may not repeat a test question.
+- `sift`, for questions that a teacher wrote about single chunks, is stricter: the same words with the same answer are
+  one anywhere, and a question with different answers in different places is kept nowhere, since nobody can answer it
+  without being told the place.
+
 "What is the area of Greece?" and "What is the area of France?" share most words and are two questions: wording alone
-never decides. Not covered: meaning (paraphrases that share no words).
+never decides, and neither are two questions one whose numbers differ. Not covered: meaning (paraphrases that share no
+words).
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +28,14 @@ from training.format import fold
 
 # Words of scripts that set spaces; of others (Chinese, Japanese, Thai) each character.
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\w")
+_DIGIT = re.compile(r"\d")
 
 DUPLICATE = "near-duplicate question"
+LEAK = "repeats a test question"
 AMBIGUOUS = "the same question has another answer elsewhere"
 ANSWERED = "meant to be unanswerable, but answered elsewhere"
+
+Words = tuple[str, ...]
 
 
 class Sifted(NamedTuple):
@@ -45,8 +55,79 @@ def content_words(text: str, stop_words: Collection[str]) -> list[str]:
 class _Entry:
     question: Question
     text: str
-    words: tuple[str, ...]
-    answer: tuple[str, ...]
+    """All words of the question, in order."""
+    words: Words
+    """Its content words, each once."""
+    answers: tuple[Words, ...]
+    """The words of each accepted answer; one empty answer where there is none."""
+    documents: Words
+
+    @property
+    def answer(self) -> Words:
+        """The words of all answers."""
+        return tuple(itertools.chain.from_iterable(self.answers))
+
+    def forms(self) -> Iterator[Words]:
+        """The same words with the same answer (`|` is no word)."""
+        words = sorted(self.words)
+        return ((*words, "|", *answer) for answer in self.answers)
+
+
+def _entry(question: Question, stop_words: Collection[str]) -> _Entry:
+    words = tuple(dict.fromkeys(content_words(question.text, stop_words)))
+    answers = tuple(dict.fromkeys(tuple(content_words(answer, ())) for answer in question.answers)) or ((),)
+    return _Entry(
+        question,
+        " ".join(content_words(question.text, ())),
+        words,
+        answers,
+        question.documents or _asked_about(question),
+    )
+
+
+def _asked_about(question: Question) -> Words:
+    return (str(question.metadata.get("doc_id", "")),)
+
+
+def drop_repeats(questions: Sequence[Question], tests: Collection[str], threshold: float) -> Sifted:
+    """Keeps the first of near-duplicates, and no question that gives a test question away.
+
+    Args:
+        questions: In the order that decides which one is the first, but for tests, which come before all others.
+        tests: Ids of the test questions.
+        threshold: Jaccard similarity of words from which two questions with a common answer about a common document
+            are one.
+
+    Returns:
+        Questions in their order. A question that is no test is dropped also when it has all words and an answer of a
+        test question about another document: it gives that answer away.
+    """
+    entries = [_entry(question, ()) for question in questions]
+    answered = {entry.text for entry in entries if entry.question.answers}
+    frequency = collections.Counter(word for entry in entries for word in entry.words)
+    tested, trained = _Near(threshold, frequency), _Near(threshold, frequency)
+    exact: set[Words] = set()
+    faults: dict[str, str] = {}
+    for entry in sorted(entries, key=lambda entry: entry.question.question_id not in tests):
+        name = entry.question.question_id
+        if entry.question.unanswerable and entry.text in answered:
+            faults[name] = ANSWERED
+        elif name in tests:
+            if tested.has(entry):
+                faults[name] = DUPLICATE
+            else:
+                tested.add(entry)
+                exact.update(entry.forms())
+        elif tested.has(entry) or any(form in exact for form in entry.forms()):
+            faults[name] = LEAK
+        elif trained.has(entry):
+            faults[name] = DUPLICATE
+        else:
+            trained.add(entry)
+    return Sifted(
+        [question for question in questions if question.question_id not in faults],
+        [(question, faults[question.question_id]) for question in questions if question.question_id in faults],
+    )
 
 
 def sift(questions: Sequence[Question], stop_words: Collection[str], threshold: float) -> Sifted:
@@ -58,72 +139,62 @@ def sift(questions: Sequence[Question], stop_words: Collection[str], threshold: 
         threshold: Jaccard similarity of content words from which two questions about one document are one.
     """
     entries = [_entry(question, stop_words) for question in questions]
-    answers_of: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
+    answers_of: dict[str, set[Words]] = collections.defaultdict(set)
     for entry in entries:
         answers_of[entry.text].add(entry.answer)
     ambiguous = {text for text, answers in answers_of.items() if _disagree(answers)}
-    frequency = collections.Counter(word for entry in entries for word in set(entry.words))
-    seen = _Seen(threshold, frequency)
+    near = _Near(threshold, collections.Counter(word for entry in entries for word in entry.words))
+    exact: set[Words] = set()
     kept: list[Question] = []
     dropped: list[tuple[Question, str]] = []
     for entry in entries:
+        forms = {(entry.text,), *entry.forms()}
         if entry.text in ambiguous:
             dropped.append((entry.question, AMBIGUOUS))
         elif not entry.answer and len(answers_of[entry.text]) > 1:
             dropped.append((entry.question, ANSWERED))
-        elif seen.has(entry):
+        elif forms & exact or near.has(entry):
             dropped.append((entry.question, DUPLICATE))
         else:
-            seen.add(entry)
+            exact |= forms
+            near.add(entry)
             kept.append(entry.question)
     return Sifted(kept, dropped)
 
 
-def _entry(question: Question, stop_words: Collection[str]) -> _Entry:
-    words = tuple(dict.fromkeys(content_words(question.text, stop_words)))
-    answer = tuple(word for answer in question.answers for word in content_words(answer, ()))
-    return _Entry(question, " ".join(content_words(question.text, ())), words, answer)
-
-
-def _disagree(answers: Iterable[tuple[str, ...]]) -> bool:
+def _disagree(answers: Iterable[Words]) -> bool:
     """Whether two answers differ in more than length (`Athens` and `Athens, Greece` agree)."""
     longest_first = sorted((set(answer) for answer in answers if answer), key=len, reverse=True)
     return any(not answer <= longest_first[0] for answer in longest_first[1:])
 
 
-class _Seen:
-    """The questions kept so far. Candidates come from an index over each one's rarest words: two sets whose Jaccard
-    similarity is at least t share one of the first n - ⌈t·n⌉ + 1 words in a common order (prefix filtering, Chaudhuri
-    et al. 2006), so that the work does not grow with the number of questions about a document."""
+class _Near:
+    """Questions by document and answer. Candidates come from an index over each one's rarest words: two sets whose
+    Jaccard similarity is at least t share one of the first n - ⌈t·n⌉ + 1 words in a common order (prefix filtering,
+    Chaudhuri et al. 2006), so that the work does not grow with the number of questions about a document."""
 
     def __init__(self, threshold: float, frequency: collections.Counter[str]) -> None:
         self._threshold = threshold
         self._frequency = frequency
-        self._exact: set[tuple[str, ...]] = set()
-        self._near: dict[tuple[str, tuple[str, ...], str], list[frozenset[str]]] = collections.defaultdict(list)
+        self._near: dict[tuple[str, Words, str], list[frozenset[str]]] = collections.defaultdict(list)
 
     def has(self, entry: _Entry) -> bool:
-        if any(form in self._exact for form in self._forms(entry)):
-            return True
         words = frozenset(entry.words)
         return any(
-            len(words & other) >= self._threshold * len(words | other)
+            len(words & other) >= self._threshold * len(words | other) and _same_numbers(words, other)
             for place in self._places(entry)
             for other in self._near.get(place, ())
         )
 
     def add(self, entry: _Entry) -> None:
-        self._exact.update(self._forms(entry))
         for place in self._places(entry):
             self._near[place].append(frozenset(entry.words))
 
-    def _forms(self, entry: _Entry) -> tuple[tuple[str, ...], ...]:
-        """The same text, or the same words with the same answer (`|` is no word)."""
-        return (entry.text,), (*sorted(entry.words), "|", *entry.answer)
-
-    def _places(self, entry: _Entry) -> list[tuple[str, tuple[str, ...], str]]:
-        golden = entry.question.golden
-        document = golden[0].doc_id if golden else str(entry.question.metadata.get("doc_id", ""))
+    def _places(self, entry: _Entry) -> Iterator[tuple[str, Words, str]]:
         rare_first = sorted(entry.words, key=lambda word: (self._frequency[word], word))
         length = len(rare_first) - math.ceil(self._threshold * len(rare_first) - 1e-9) + 1
-        return [(document, entry.answer, word) for word in rare_first[:length]]
+        return itertools.product(entry.documents, entry.answers, rare_first[:length])
+
+
+def _same_numbers(words: frozenset[str], other: frozenset[str]) -> bool:
+    return not any(_DIGIT.search(word) for word in words ^ other)

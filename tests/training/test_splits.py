@@ -121,7 +121,7 @@ def test_assign_splits_test_file_never_trains():
     [
         ([question("a", "d1", split="dev")], None, "question a has the split 'dev'; use one of train"),
         ([question("a", "d1")], [question("a", "d2")], "questions.test_path: question a stands in questions.path too"),
-        ([question("a", "d1"), question("b", "d1")], None, "name 1 golden documents; splitting needs two"),
+        ([question("a", "d1"), question("b", "d1")], None, "name 1 golden documents; holding documents out needs two"),
         ([question("a"), question("b")], None, "name 0 golden documents"),
         ([question("a", "d1", split=NEW_DOCUMENTS)], None, "left to train on"),
         ([question("a", "d1", split=TRAIN)], None, "left to test with"),
