@@ -37,7 +37,7 @@ from cluster.manifest import (
 )
 from cluster.storage import LocalStorage, ObjectStorage, fsync_directory, storage_at
 from cluster.verification import verify
-from cluster.workdir import claim_work_directory, lock_of, release_work_directory
+from cluster.workdir import WORK, claim_work_directory, lock_of, release_work_directory
 
 if TYPE_CHECKING:
     from cluster.stage import Plan
@@ -197,12 +197,26 @@ class Store:
         with self.blames_uri():
             return claim_work_directory(self._work_root(ref))
 
+    def work_uri(self, ref: ArtifactRef) -> str:
+        """Like `work_directory`, but reachable from every node: what workers leave for each other and for the next run.
+
+        With a local store it is that directory. With an object store it is `<store>/<ref>/.work`, which two builders of
+        one version share: what lies there must be whole or recognisable as broken at every moment.
+        """
+        return str(self.work_directory(ref)) if self.is_local else f"{self.uri}/{ref}/{WORK}"
+
     def discard_work(self, ref: ArtifactRef) -> None:
         """Remove the work directory that this process holds for a version that will not be published after all."""
         root = self._work_root(ref)
         release_work_directory(root, remove=True)
         with contextlib.suppress(OSError):
             root.rmdir()
+        self._delete_shared_work(ref)
+
+    def _delete_shared_work(self, ref: ArtifactRef) -> None:
+        if not self.is_local:
+            with contextlib.suppress(*_medium_errors(self.storage)):  # gc takes what stays behind
+                self.storage.delete(f"{ref}/{WORK}")
 
     def _work_root(self, ref: ArtifactRef) -> Path:
         if isinstance(self.storage, LocalStorage):
@@ -302,6 +316,7 @@ class Attempt:
         artifact = self.store.open_ref(self.ref)
         if self._published:
             release_work_directory(self.store._work_root(self.ref), remove=True)
+            self.store._delete_shared_work(self.ref)
         return artifact
 
     def publish_purged(
