@@ -1,4 +1,4 @@
-"""Recipe sections of the retrieval room: corpus, encoder, chunking, index, search, collections.
+"""Recipe sections of the retrieval room: corpus, question columns, encoder, chunking, index, search, collections.
 
 Imports no torch, ray or faiss.
 """
@@ -37,7 +37,7 @@ class CorpusConfig(Section):
 
     path: str = ""
     """A file, a folder or a glob (`docs/**/*.md`), local or at `s3://` or `gs://`.
-    Formats: .txt .md .html .pdf .docx .pptx .jsonl .csv .parquet."""
+    Formats: .txt .md .html .pdf .docx .pptx .jsonl .csv .parquet, and SQuAD's .json where it is named itself."""
     columns: ColumnsConfig = ColumnsConfig()
     """Columns of row formats."""
     strict: bool = False
@@ -46,6 +46,25 @@ class CorpusConfig(Section):
     """A .txt, .md, .html, .pdf, .docx or .pptx file above this many megabytes is rejected."""
     convert_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which the conversion of one .html, .pdf, .docx or .pptx file is given up and the file rejected."""
+
+
+class QuestionColumns(Section):
+    """Which columns of a question file hold a question's parts; all others become metadata."""
+
+    id: str = "_id"
+    """Question id. Where a file has no such column, a row's id is its file's name and number (`faq.csv#7`)."""
+    text: str = "text"
+    """The question; a row without it is refused."""
+    answers: str = "answers"
+    """Accepted answers: a list, or one answer."""
+    golden: str = "golden"
+    """Where the answer stands: document ids or `{doc_id, start, end}`, a list or one."""
+    split: str = "split"
+    """One of train, test_new_questions, test_new_documents, test_new_kinds; may be absent."""
+    reasoning: str = "reasoning"
+    """Short reasoning that leads to the answer (`prompt.reasoning`); may be absent."""
+    quote: str = "quote"
+    """A passage's sentence that supports the answer; may be absent: rayft looks for one."""
 
 
 class EncoderConfig(Section):

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from retrieval.blocks import BUFFER_BYTES, CorpusBlock, Rejection, is_utf16
@@ -50,7 +50,7 @@ def read_lines(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusB
                 yield Rejection(name, f"line {number}", _too_large(block), size)
             elif line.strip(_BLANK):
                 try:
-                    yield _parse_line(line, name, number, block.columns, encoding)
+                    yield _document(json_row(line), block.columns, f"{name}#{number}", encoding)
                 except RowError as error:
                     yield Rejection(name, f"line {number}", str(error), size)
             position += size
@@ -71,17 +71,26 @@ def _skip_line(file: IO[bytes]) -> int:
 
 def _decoded(raw: Any, block: CorpusBlock) -> tuple[IO[bytes], str]:
     """The file at the block's start as UTF-8 bytes, and the encoding it was in where that was UTF-16."""
-    if block.start == 0 and is_utf16(raw.read(4)):
-        raw.seek(0)
-        stream = codecs.EncodedFile(io.BufferedReader(raw), "utf-8", "utf-16")
-        return io.BytesIO(stream.read()), "utf-16"
+    if block.start == 0:
+        return utf8_stream(raw)
     raw.seek(block.start)
     return io.BufferedReader(raw, BUFFER_BYTES), ""
 
 
-def _parse_line(line: bytes, name: str, number: int, columns: Mapping[str, str], encoding: str) -> Document:
+def utf8_stream(raw: Any) -> tuple[IO[bytes], str]:
+    """A file from its beginning as UTF-8 bytes, and the encoding it was in where that was UTF-16."""
+    utf16 = is_utf16(raw.read(4))
+    raw.seek(0)
+    if utf16:
+        stream = codecs.EncodedFile(io.BufferedReader(raw), "utf-8", "utf-16")
+        return io.BytesIO(stream.read()), "utf-16"
+    return io.BufferedReader(raw, BUFFER_BYTES), ""
+
+
+def json_row(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line of UTF-8; raises RowError."""
     try:
-        row: Any = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        row: Any = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise RowError(f"is not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
@@ -93,15 +102,16 @@ def _parse_line(line: bytes, name: str, number: int, columns: Mapping[str, str],
     if not isinstance(row, dict):
         raise RowError("is not a JSON object")
     if b"\\ud" in line.lower():
-        _refuse_lone_surrogates(row)
-    return _document(row, columns, f"{name}#{number}", encoding)
+        refuse_lone_surrogates(row)
+    return row
 
 
-def _refuse_constant(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
+    """For `json.loads`: NaN and infinities are no JSON."""
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _refuse_lone_surrogates(row: Mapping[str, Any]) -> None:
+def refuse_lone_surrogates(row: Any) -> None:
     """JSON may spell half a character (`\\ud800`), which no Parquet file or tokenizer can hold."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -116,7 +126,7 @@ def _document(row: Mapping[str, Any], columns: Mapping[str, str], own_id: str, e
     if isinstance(doc_id, bool) or not isinstance(doc_id, str | int) or doc_id == "":
         raise RowError(f"has no id in its column {columns['id']!r}: give it a string or a whole number")
     if not isinstance(text, str):
-        found = "" if columns["text"] in row else f"; its columns are {_names(row)}"
+        found = "" if columns["text"] in row else f"; its columns are {column_names(row)}"
         raise RowError(f"has no text in its column {columns['text']!r} (corpus.columns.text){found}")
     if not text.strip():
         raise RowError("holds no text: it is blank")
@@ -132,7 +142,7 @@ def _metadata(row: Mapping[str, Any], columns: Mapping[str, str], encoding: str)
     given = row.get(columns["metadata"]) or {}
     if isinstance(given, str):
         try:
-            given = json.loads(given, parse_constant=_refuse_constant)
+            given = json.loads(given, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise RowError(f"has a {columns['metadata']!r} that is not JSON: {one_line(error)}") from error
     if not isinstance(given, dict):
@@ -140,7 +150,8 @@ def _metadata(row: Mapping[str, Any], columns: Mapping[str, str], encoding: str)
     return {**given, "encoding": encoding} if encoding else dict(given)
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def column_names(row: Iterable[Any]) -> str:
+    """The first eight columns of a row, in words."""
     names = [repr(str(name)[:40]) for name in row]
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
 
@@ -153,7 +164,7 @@ def read_csv(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlo
         header, delimiter, begin = read_header(source, block.columns["text"])
         if block.columns["text"] not in header:
             if block.first_row == 0:
-                columns = _names(dict.fromkeys(header))
+                columns = column_names(header)
                 reason = f"has no column {block.columns['text']!r} (corpus.columns.text); its columns are {columns}"
                 yield Rejection(name, "", reason, _size(raw))
             return
@@ -166,7 +177,7 @@ def read_csv(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlo
                 if isinstance(record, Exception):
                     raise RowError(f"is not CSV: {one_line(record)}")
                 yield _document(
-                    _csv_row(header, record, block.columns.values()), block.columns, f"{name}#{number}", encoding
+                    csv_row(header, record, block.columns.values()), block.columns, f"{name}#{number}", encoding
                 )
             except RowError as error:
                 yield Rejection(name, f"row {number}", str(error), position - last)
@@ -177,7 +188,8 @@ def _size(raw: Any) -> int:
     return int(raw.size())
 
 
-def _csv_row(header: list[str], record: list[str], parts: Collection[str]) -> dict[str, Any]:
+def csv_row(header: list[str], record: list[str], parts: Collection[str]) -> dict[str, Any]:
+    """A record in Latin-1 by column, as UTF-8; columns that are no `parts` may become numbers. Raises RowError."""
     if len(record) != len(header):
         raise RowError(f"has {len(record)} cells where the header has {len(header)}")
     row: dict[str, Any] = {}
@@ -212,16 +224,16 @@ def read_parquet(
         with filesystem.open_input_file(path) as raw:
             size = _size(raw)
             file = pq.ParquetFile(raw)
-            names = [column.name for column in file.schema_arrow if not _is_binary(column.type)]
+            names = [column.name for column in file.schema_arrow if not is_binary(column.type)]
             if block.columns["text"] not in names:
                 if block.first_row == 0:
-                    found = _names(dict.fromkeys(names))
+                    found = column_names(names)
                     reason = f"has no text column {block.columns['text']!r} (corpus.columns.text); it has {found}"
                     yield Rejection(name, "", reason, size)
                 return
             groups = list(range(block.start, block.end if block.end >= 0 else file.num_row_groups))
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=names):
-                for row in _batch_rows(batch):
+                for row in batch_rows(batch):
                     number += 1
                     try:
                         if isinstance(row, Exception):
@@ -236,7 +248,7 @@ def read_parquet(
         yield Rejection(name, place, f"is not Parquet that can be read: {one_line(error)}", size)
 
 
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+def batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
     """Rows as JSON has them; a row with text that is not UTF-8 or a date that Python does not have is its error."""
     try:
         rows = batch.to_pylist()
@@ -251,7 +263,8 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
         yield {key: _plain(value) for key, value in row.items()}
 
 
-def _is_binary(kind: Any) -> bool:
+def is_binary(kind: Any) -> bool:
+    """Whether an Arrow type holds bytes."""
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))

@@ -10,27 +10,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config import Section
-from retrieval.config import RetrievalRecipe
+from retrieval.config import QuestionColumns, RetrievalRecipe
 from training.teacher_config import TeacherConfig
-
-
-class QuestionColumns(Section):
-    """Which columns of a question file hold a question's parts; all others become metadata."""
-
-    id: str = "_id"
-    """Question id. Where a file has no such column, a row's id is its file's name and number (`faq.csv#7`)."""
-    text: str = "text"
-    """The question; a row without it is refused."""
-    answers: str = "answers"
-    """Accepted answers: a list, or one answer."""
-    golden: str = "golden"
-    """Where the answer stands: document ids or `{doc_id, start, end}`, a list or one."""
-    split: str = "split"
-    """One of train, test_new_questions, test_new_documents, test_new_kinds; may be absent."""
-    reasoning: str = "reasoning"
-    """Short reasoning that leads to the answer (`prompt.reasoning`); may be absent."""
-    quote: str = "quote"
-    """A passage's sentence that supports the answer; may be absent: rayft looks for one."""
 
 
 class QuestionsConfig(Section):
@@ -88,6 +69,8 @@ class SamplesConfig(Section):
     Questions that have no answer at all (`unanswerable`) are always taught to abstain."""
     max_answer_chars: int = Field(default=120, ge=1)
     """Questions with a longer first answer are left out (and counted)."""
+    workers: int = Field(default=1, ge=1)
+    """Ray actors that make rows; the rows are the same whatever their number."""
 
     @model_validator(mode="after")
     def _distractors_are_a_range(self) -> Self:
