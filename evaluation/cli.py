@@ -107,7 +107,7 @@ def answer_file(
     run = default_run(recipe, store, parts)
     artifact = answer_all(recipe, store, parts, [strategy], asked, run, name_suffix="-batch")[strategy]
     predictions = load_predictions(artifact)
-    say(describe_batch(recipe, predictions))
+    say(describe_batch(recipe, parts, predictions))
     say(f"batch: answers are in {artifact.path(ANSWERS_FILE)}")
     if output:
         released = (
@@ -118,13 +118,16 @@ def answer_file(
         say(f"batch: wrote {len(predictions)} answers to {output}")
 
 
-def describe_batch(recipe: EvaluationRecipe, predictions: Sequence[Prediction]) -> str:
+def describe_batch(recipe: EvaluationRecipe, parts: Parts, predictions: Sequence[Prediction]) -> str:
     """One line: how many were answered, cited, abstained, failed; and quality where answers are known."""
     from evaluation.metrics import METRICS, measure
+    from evaluation.rubric import rubric_of
     from evaluation.table import describe_share
+    from evaluation.tasks import SHOWN
 
-    measured = measure(predictions, recipe.language, resamples=recipe.evaluate.bootstrap_resamples, seed=recipe.seed)
-    shown = ("exact_match", "f1", "contained", "verified_answers", "abstained", "failed")
+    rubric = rubric_of(recipe, parts, [prediction.question for prediction in predictions])
+    measured = measure(predictions, rubric, resamples=recipe.evaluate.bootstrap_resamples, seed=recipe.seed)
+    shown = (*SHOWN[recipe.evaluate.task].plotted, "verified_answers", "abstained", "failed")
     figures = (
         f"{METRICS[name].label} {describe_share(measured[name].to_json())}" for name in shown if name in measured
     )

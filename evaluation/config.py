@@ -9,7 +9,6 @@ from pydantic import Field
 from cluster.config import Section
 from serving.config import ServingRecipe, StrategyName
 
-
 Task = Literal["answers", "labels", "api_calls"]
 
 

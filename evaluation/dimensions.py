@@ -17,6 +17,7 @@ from evaluation.batch import load_single_requests
 from evaluation.config import EvaluationRecipe, PricesConfig
 from evaluation.intervals import Estimate, percentile, share
 from evaluation.parts import Parts
+from evaluation.tasks import SHOWN
 
 LATENCY_HOPS = ("retrieval", "generation", "total")
 
@@ -48,7 +49,7 @@ def dimensions_of(
     per_second = predictions.manifest.measured.get("rows_per_s")
     rate = _hourly(recipe.prices, recipe.generation.threads, recipe.evaluate.gpus_per_generator)
     latency = {name: metrics[name].to_json() for name in metrics if name.endswith("_ms")}
-    hallucination = metrics.get("hallucination")
+    hallucination = metrics.get(SHOWN[recipe.evaluate.task].hallucination)
     return {
         "knowledge_change": _knowledge_change(recipe, parts, adapters, searched=searched),
         "latency": latency,

@@ -12,6 +12,8 @@ from typing import Literal
 
 from evaluation.metrics import METRICS
 from evaluation.records import Prediction
+from evaluation.rubric import Rubric
+from evaluation.tasks import SHOWN
 from retrieval.records import Hit
 from training.format import find_quote
 
@@ -40,18 +42,22 @@ class Example:
     passages: tuple[ShownPassage, ...]
 
 
-def worst_examples(predictions: Sequence[Prediction], language: str, count: int) -> list[Example]:
-    """Up to `count` answers that do not contain an accepted answer, unsupported ones and low F1 first."""
+def worst_examples(predictions: Sequence[Prediction], rubric: Rubric, count: int) -> list[Example]:
+    """Up to `count` answers that are wrong (`Shown.right`), unsupported ones first, then those least like an answer."""
+    shown = SHOWN[rubric.task]
 
-    def value(metric: str, prediction: Prediction) -> float:
-        return METRICS[metric].score(prediction, language)[0]
+    def rank(prediction: Prediction) -> tuple[float, float, str]:
+        unsupported = METRICS[shown.hallucination].score(prediction, rubric)[0]
+        return -unsupported, METRICS[shown.alarm].score(prediction, rubric)[0], prediction.question.question_id
 
-    wrong = [p for p in predictions if p.question.answers and not value("contained", p)]
-    ranked = sorted(wrong, key=lambda p: (-value("hallucination", p), value("f1", p), p.question.question_id))
-    return [_example(prediction, language) for prediction in ranked[:count]]
+    def wrong(prediction: Prediction) -> bool:
+        right, applies, *_ = METRICS[shown.right].score(prediction, rubric)
+        return bool(applies) and not right
+
+    return [_example(p, rubric) for p in sorted(filter(wrong, predictions), key=rank)[:count]]
 
 
-def _example(prediction: Prediction, language: str) -> Example:
+def _example(prediction: Prediction, rubric: Rubric) -> Example:
     question, answer = prediction.question, prediction.answer
     quotes = tuple((citation.quote, citation.verified) for citation in answer.citations)
     return Example(
@@ -60,22 +66,22 @@ def _example(prediction: Prediction, language: str) -> Example:
         expected=question.answers,
         answer=answer.answer or answer.error,
         quotes=quotes,
-        faults=_faults(prediction, language),
+        faults=_faults(prediction, rubric),
         passages=tuple(_passage(hit, prediction, number) for number, hit in enumerate(answer.hits, start=1)),
     )
 
 
-def _faults(prediction: Prediction, language: str) -> tuple[str, ...]:
+def _faults(prediction: Prediction, rubric: Rubric) -> tuple[str, ...]:
     answer, found = prediction.answer, []
-    recall, applies = METRICS["recall_at_k"].score(prediction, language)
+    recall, applies = METRICS["recall_at_k"].score(prediction, rubric)
     if answer.error:
         found.append("failed")
     elif answer.abstained:
         found.append("abstained")
     if applies and recall == 0:
         found.append("golden passage not retrieved")
-    if METRICS["hallucination"].score(prediction, language)[0]:
-        found.append("not supported by what was shown")
+    if METRICS[SHOWN[rubric.task].hallucination].score(prediction, rubric)[0]:
+        found.append("no API of the corpus" if rubric.task == "api_calls" else "not supported by what was shown")
     if answer.finish_reason == "length":
         found.append("cut short")
     return tuple(found) or ("wrong, though from the passages",)

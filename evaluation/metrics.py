@@ -1,7 +1,8 @@
 """The metrics of an answer, each defined once: its name, its definition in words, and how one prediction scores.
 
-In: predictions. Out: per-question numerators and denominators (a denominator of 0: the metric does not apply to this
-question), and from them estimates with bootstrap intervals. Not covered: latency and cost (evaluation/dimensions.py).
+In: predictions and a rubric. Out: per question a row of numbers (all zeros: the metric does not apply to it), and from
+their sums estimates with bootstrap intervals. Which metrics a task has, and which it shows, is in evaluation/tasks.py.
+Not covered: latency and cost (evaluation/dimensions.py).
 """
 
 from __future__ import annotations
@@ -12,85 +13,183 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.intervals import Estimate, share
+from evaluation import intervals
+from evaluation.api_calls import ApiCall, find_call
+from evaluation.config import Task
+from evaluation.intervals import Combine, Estimate, ratio
 from evaluation.records import Prediction
+from evaluation.rubric import Rubric
 from retrieval.records import Passage
 from training import text_match
+from training.format import ANSWER_MARK, fold
 
-Score = tuple[float, float]
+Score = tuple[float, ...]
 _NOT_APPLICABLE: Score = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: `score(prediction, language)` gives (numerator, denominator)."""
+    """One metric: `score(prediction, rubric)` gives a row of numbers, whose sums over questions `combine` makes one.
+
+    The row is (numerator, denominator) unless `combine` says otherwise.
+    """
 
     name: str
     label: str
     definition: str
     higher_is_better: bool
-    score: Callable[[Prediction, str], Score]
+    score: Callable[[Prediction, Rubric], Score]
+    tasks: tuple[Task, ...] = ("answers", "labels", "api_calls")
+    combine: Combine = ratio
 
 
-def _compared(compare: Callable[[str, Sequence[str], str], float]) -> Callable[[Prediction, str], Score]:
-    """A comparison with the accepted answers; an abstention or a failed row counts as wrong."""
+def _compared(compare: Callable[[str, Sequence[str], str], float]) -> Callable[[Prediction, Rubric], Score]:
+    """A comparison with the accepted answers; an abstention or a failed row counts as wrong, except that abstaining
+    is right where the documents hold no answer."""
 
-    def score(prediction: Prediction, language: str) -> Score:
+    def score(prediction: Prediction, rubric: Rubric) -> Score:
         accepted = prediction.question.answers
         if not accepted:
-            return _NOT_APPLICABLE
-        return compare(prediction.answer.answer, accepted, language), 1.0
+            return _unanswerable(prediction)
+        return compare(prediction.answer.answer, accepted, rubric.language), 1.0
 
     return score
+
+
+def _unanswerable(prediction: Prediction) -> Score:
+    """Right where it abstains; a question that merely states no answer is not scored."""
+    return _abstained(prediction) if prediction.question.unanswerable else _NOT_APPLICABLE
 
 
 def _shown(prediction: Prediction) -> list[Passage]:
     return [hit.passage for hit in prediction.answer.hits]
 
 
-def _recall(prediction: Prediction, _language: str) -> Score:
+def _recall(prediction: Prediction, _rubric: Rubric) -> Score:
     golden, shown = prediction.question.golden, _shown(prediction)
     if not golden or not shown:
         return _NOT_APPLICABLE
     return sum(any(place.matches(passage) for passage in shown) for place in golden) / len(golden), 1.0
 
 
-def _verified_answer(prediction: Prediction, _language: str) -> Score:
-    if not _shown(prediction):
+def _quotes_asked(prediction: Prediction, rubric: Rubric) -> bool:
+    return rubric.quotes and bool(_shown(prediction))
+
+
+def _verified_answer(prediction: Prediction, rubric: Rubric) -> Score:
+    if not _quotes_asked(prediction, rubric):
         return _NOT_APPLICABLE
     return float(any(citation.verified for citation in prediction.answer.citations)), 1.0
 
 
-def _verified_quotes(prediction: Prediction, _language: str) -> Score:
-    if not _shown(prediction):
+def _verified_quotes(prediction: Prediction, rubric: Rubric) -> Score:
+    if not _quotes_asked(prediction, rubric):
         return _NOT_APPLICABLE
     citations = prediction.answer.citations
     return float(sum(citation.verified for citation in citations)), float(len(citations))
 
 
-def _quote_contains_answer(prediction: Prediction, language: str) -> Score:
-    quotes = [citation.quote for citation in prediction.answer.citations if citation.verified]
+def _quote_contains_answer(prediction: Prediction, rubric: Rubric) -> Score:
+    quoted, applies = _quoted_answer(prediction, rubric)
+    verified = any(citation.verified for citation in prediction.answer.citations)
+    return (quoted, applies) if verified else _NOT_APPLICABLE
+
+
+def _quoted_answer(prediction: Prediction, rubric: Rubric) -> Score:
     accepted = prediction.question.answers
-    if not quotes or not accepted:
+    if not accepted or not _quotes_asked(prediction, rubric):
         return _NOT_APPLICABLE
-    return max(text_match.contains(quote, accepted, language) for quote in quotes), 1.0
+    quotes = [citation.quote for citation in prediction.answer.citations if citation.verified]
+    return max((text_match.contains(quote, accepted, rubric.language) for quote in quotes), default=0.0), 1.0
 
 
-def _abstained(prediction: Prediction, _language: str) -> Score:
+def _abstained(prediction: Prediction) -> Score:
     return float(prediction.answer.abstained and not prediction.answer.error), 1.0
 
 
-def _hallucination(prediction: Prediction, language: str) -> Score:
+def _hallucination(prediction: Prediction, rubric: Rubric) -> Score:
     answer, shown = prediction.answer, _shown(prediction)
     if answer.error or answer.abstained:
         return 0.0, 1.0
     if not shown:
         accepted = prediction.question.answers
-        return (1.0 - text_match.contains(answer.answer, accepted, language), 1.0) if accepted else _NOT_APPLICABLE
+        if not accepted:
+            return (1.0, 1.0) if prediction.question.unanswerable else _NOT_APPLICABLE
+        return 1.0 - text_match.contains(answer.answer, accepted, rubric.language), 1.0
     if any(not citation.verified for citation in answer.citations):
         return 1.0, 1.0
     sources = [f"{passage.title}\n{passage.heading}\n{passage.text}" for passage in shown]
     return float(text_match.unsupported(answer.answer, [prediction.question.text, *sources])), 1.0
+
+
+def _in_form(prediction: Prediction, rubric: Rubric) -> Score:
+    answer = prediction.answer
+    quoted = answer.abstained or not _quotes_asked(prediction, rubric) or bool(answer.quotes)
+    short = rubric.longest_answer is None or answer.abstained or len(answer.answer) <= rubric.longest_answer
+    marked = ANSWER_MARK in fold(answer.text)[0]
+    return float(marked and bool(answer.answer) and quoted and short), 1.0
+
+
+def label_of(text: str, rubric: Rubric) -> str:
+    """The label that an answer begins with; of several, the longest; an empty string for none."""
+    units = text_match.chinese_units if rubric.language == "zh" else text_match.english_words
+    words = units(text)
+    found = [label for label in rubric.labels if words[: len(units(label))] == units(label)]
+    return max(found, key=len, default="")
+
+
+def _accuracy(prediction: Prediction, rubric: Rubric) -> Score:
+    if not prediction.question.answers:
+        return _unanswerable(prediction)
+    golden = {answer.strip().lower() for answer in prediction.question.answers}
+    return float(label_of(prediction.answer.answer, rubric) in golden), 1.0
+
+
+def _label_counts(prediction: Prediction, rubric: Rubric) -> Score:
+    """Per label: right, predicted, golden. With several accepted labels the predicted one counts if it is among them,
+    otherwise the first."""
+    count = len(rubric.labels)
+    row = [0.0] * (3 * count)
+    golden = [answer.strip().lower() for answer in prediction.question.answers]
+    if not golden:
+        return tuple(row)
+    predicted = label_of(prediction.answer.answer, rubric)
+    meant = predicted if predicted in golden else golden[0]
+    row[2 * count + rubric.labels.index(meant)] = 1.0
+    if predicted:
+        row[count + rubric.labels.index(predicted)] = 1.0
+        row[rubric.labels.index(predicted)] = float(predicted == meant)
+    return tuple(row)
+
+
+def _unparsed(prediction: Prediction, rubric: Rubric) -> Score:
+    return float(not label_of(prediction.answer.answer, rubric)), 1.0
+
+
+def _functional(prediction: Prediction, rubric: Rubric) -> Score:
+    domains = {rubric.apis.cards[g.doc_id][0] for g in prediction.question.golden if g.doc_id in rubric.apis.cards}
+    if not domains:
+        return _unanswerable(prediction)
+    return float(bool(domains & rubric.apis.domains.get(_call(prediction), frozenset()))), 1.0
+
+
+def _golden_call(prediction: Prediction, rubric: Rubric) -> Score:
+    calls = {rubric.apis.cards[g.doc_id][1] for g in prediction.question.golden if g.doc_id in rubric.apis.cards}
+    if not calls:
+        return _unanswerable(prediction)
+    return float(_call(prediction) in calls), 1.0
+
+
+def _hallucinated_call(prediction: Prediction, rubric: Rubric) -> Score:
+    answer = prediction.answer
+    if answer.error or answer.abstained:
+        return 0.0, 1.0
+    return float(_call(prediction) not in rubric.apis.domains), 1.0
+
+
+def _call(prediction: Prediction) -> ApiCall:
+    """The call that the answer names; one that matches nothing where it names none."""
+    return find_call(prediction.answer.answer) or ApiCall("", "")
 
 
 METRICS: dict[str, Metric] = {
@@ -103,6 +202,7 @@ METRICS: dict[str, Metric] = {
             "punctuation and articles; Chinese: CMRC 2018's, characters without punctuation).",
             True,
             _compared(text_match.exact_match),
+            ("answers",),
         ),
         Metric(
             "f1",
@@ -111,6 +211,7 @@ METRICS: dict[str, Metric] = {
             "the longest common run of characters (Chinese, CMRC 2018).",
             True,
             _compared(text_match.f1),
+            ("answers",),
         ),
         Metric(
             "contained",
@@ -118,6 +219,59 @@ METRICS: dict[str, Metric] = {
             "Share of answers in which an accepted answer stands as whole words, whatever else the answer says.",
             True,
             _compared(text_match.contains),
+            ("answers",),
+        ),
+        Metric(
+            "accuracy",
+            "accuracy",
+            "Share of answers whose first words are an accepted label (case and punctuation aside); an answer that "
+            "begins with no label is wrong.",
+            True,
+            _accuracy,
+            ("labels",),
+        ),
+        Metric(
+            "macro_f1",
+            "macro F1",
+            "Unweighted mean over the labels of each label's F1, 2·right / (predicted + golden); an answer without a "
+            "label counts against its golden label.",
+            True,
+            _label_counts,
+            ("labels",),
+            intervals.macro_f1,
+        ),
+        Metric(
+            "unparsed",
+            "no label",
+            "Share of answers that begin with none of the labels; they count as wrong.",
+            False,
+            _unparsed,
+            ("labels",),
+        ),
+        Metric(
+            "functional_accuracy",
+            "right function",
+            "Share of answers whose call matches an API of the corpus (repository and model are equal) of the golden "
+            "API's domain (APIBench's AST match).",
+            True,
+            _functional,
+            ("api_calls",),
+        ),
+        Metric(
+            "golden_call",
+            "golden call",
+            "Share of answers whose call is the golden API's own: repository and model are equal.",
+            True,
+            _golden_call,
+            ("api_calls",),
+        ),
+        Metric(
+            "hallucinated_call",
+            "invented call",
+            "Share of answers whose call matches no API of the corpus, or that hold no call; abstentions are none.",
+            False,
+            _hallucinated_call,
+            ("api_calls",),
         ),
         Metric(
             "recall_at_k",
@@ -149,11 +303,27 @@ METRICS: dict[str, Metric] = {
             _quote_contains_answer,
         ),
         Metric(
+            "quoted_answer",
+            "answer quoted",
+            "Share of all answerable questions over passages whose answer carries a verified quote that holds an "
+            "accepted answer; what retrieval missed counts against it.",
+            True,
+            _quoted_answer,
+        ),
+        Metric(
+            "in_form",
+            "in form",
+            "Style: share of answers in the taught form: the answer mark, a quote where passages are shown and the "
+            "prompt asks for quotes (unless it abstains), and an answer no longer than the longest that was taught.",
+            True,
+            _in_form,
+        ),
+        Metric(
             "abstained",
             "abstained",
             "Share of questions to which the strategy said that it does not know, or nothing at all.",
             False,
-            _abstained,
+            lambda prediction, _rubric: _abstained(prediction),
         ),
         Metric(
             "hallucination",
@@ -165,37 +335,43 @@ METRICS: dict[str, Metric] = {
             "differently: with passages it is grounding, not correctness, which EM, F1 and `contained` measure.",
             False,
             _hallucination,
+            ("answers", "labels"),
         ),
         Metric(
             "cut_short",
             "cut short",
             "Share of answers that ended at `generation.max_new_tokens` instead of on their own.",
             False,
-            lambda prediction, _language: (float(prediction.answer.finish_reason == "length"), 1.0),
+            lambda prediction, _rubric: (float(prediction.answer.finish_reason == "length"), 1.0),
         ),
         Metric(
             "failed",
             "failed",
-            "Share of questions that ended in an error; they count as wrong in EM, F1 and `contained`.",
+            "Share of questions that ended in an error; they count as wrong.",
             False,
-            lambda prediction, _language: (float(bool(prediction.answer.error)), 1.0),
+            lambda prediction, _rubric: (float(bool(prediction.answer.error)), 1.0),
         ),
     )
 }
 
 
-def scores(name: str, predictions: Sequence[Prediction], language: str) -> NDArray[np.float64]:
-    """(n, 2) float64: numerator and denominator of the metric for each prediction."""
-    rows = [METRICS[name].score(prediction, language) for prediction in predictions]
-    return np.asarray(rows, dtype=np.float64).reshape(len(rows), 2)
+def metrics_of(task: Task) -> list[Metric]:
+    """The metrics that a task has."""
+    return [metric for metric in METRICS.values() if task in metric.tasks]
 
 
-def measure(predictions: Sequence[Prediction], language: str, *, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Every metric that applies to at least one of the predictions, with its interval."""
+def scores(name: str, predictions: Sequence[Prediction], rubric: Rubric) -> NDArray[np.float64]:
+    """(n, columns) float64: the metric's row of each prediction, for `intervals.statistic`."""
+    rows = [METRICS[name].score(prediction, rubric) for prediction in predictions]
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+
+
+def measure(predictions: Sequence[Prediction], rubric: Rubric, *, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Every metric of the rubric's task that applies to at least one of the predictions, with its interval."""
     measured: dict[str, Estimate] = {}
-    for name in METRICS:
-        table = scores(name, predictions, language)
-        estimate = share(table[:, 0], table[:, 1], resamples=resamples, seed=seed)
+    for metric in metrics_of(rubric.task):
+        table = scores(metric.name, predictions, rubric)
+        estimate = intervals.statistic(table, metric.combine, resamples=resamples, seed=seed)
         if estimate is not None:
-            measured[name] = estimate
+            measured[metric.name] = estimate
     return measured

@@ -15,12 +15,15 @@ from evaluation.examples import Example
 from evaluation.metrics import METRICS
 from evaluation.plots import kinds_plot, quality_plot, tradeoff_plot
 from evaluation.summary import describe_difference, signed
+from evaluation.tasks import SHOWN
 
 _TEMPLATE = "report.html.j2"
 _QUALITY = (
-    *table.QUALITY_COLUMNS,
+    "verified_answers",
     "verified_quotes",
     "quote_contains_answer",
+    "quoted_answer",
+    "in_form",
     "hallucination",
     "abstained",
     "cut_short",
@@ -58,7 +61,9 @@ def render_page(report: Mapping[str, Any], main: str, examples: Sequence[Example
         main=main,
         examples=examples,
         metrics=METRICS,
-        quality=[name for name in _QUALITY if _measured(report, name)],
+        quality=[
+            name for name in dict.fromkeys((*SHOWN[report["task"]].columns, *_QUALITY)) if _measured(report, name)
+        ],
         split_titles=table.SPLIT_TITLES,
         pairs=_pairs(report["comparisons"]),
         compared=list(dict.fromkeys(row["metric"] for row in report["comparisons"])),

@@ -12,6 +12,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics import METRICS
+from evaluation.tasks import SHOWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,27 +21,27 @@ if TYPE_CHECKING:
 _INK = "#010203"  # stands for the page's own text colour; no plot uses it otherwise
 _FAINT = "#8c8c8c"
 # Okabe and Ito's palette, distinct under colour blindness and on dark and light pages alike.
-_COLOURS = {"exact_match": "#0072b2", "f1": "#d55e00", "contained": "#009e73"}
+_COLOURS = ("#0072b2", "#d55e00", "#009e73")
 _FIRST, _SECOND = "#d55e00", "#56b4e9"
 _MAX_KINDS = 40
 
 
 def quality_plot(report: Mapping[str, Any]) -> str:
-    """EM, F1 and containment of each strategy with 95% intervals; an empty string without accepted answers."""
-    strategies = report["strategies"]
-    shown = [metric for metric in _COLOURS if any(metric in metrics for metrics in strategies.values())]
+    """The task's scores of each strategy with 95% intervals; an empty string without accepted answers."""
+    strategies, plotted = report["strategies"], SHOWN[report["task"]].plotted
+    shown = [metric for metric in plotted if any(metric in metrics for metrics in strategies.values())]
     if not shown:
         return ""
     figure, axes = _figure(7.2, 0.9 + 0.62 * len(strategies))
     for place, metrics in enumerate(strategies.values()):
-        for lane, metric in enumerate(shown):
+        for lane, (metric, colour) in enumerate(zip(shown, _COLOURS, strict=False)):
             if metric not in metrics:
                 continue
             estimate = metrics[metric]
             y = place + (lane - (len(shown) - 1) / 2) * 0.22
-            axes.plot([estimate["low"], estimate["high"]], [y, y], color=_COLOURS[metric], linewidth=2.2, alpha=0.55)
+            axes.plot([estimate["low"], estimate["high"]], [y, y], color=colour, linewidth=2.2, alpha=0.55)
             label = METRICS[metric].label if place == 0 else None
-            axes.plot([estimate["value"]], [y], "o", color=_COLOURS[metric], markersize=6, label=label)
+            axes.plot([estimate["value"]], [y], "o", color=colour, markersize=6, label=label)
     axes.set_yticks(range(len(strategies)), list(strategies))
     axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)
@@ -50,11 +51,12 @@ def quality_plot(report: Mapping[str, Any]) -> str:
 
 
 def tradeoff_plot(report: Mapping[str, Any]) -> str:
-    """F1 against the mean latency of a lone request (logarithmic); an empty string where latency was not measured."""
+    """The task's score against the mean latency of a lone request (logarithmic); empty where none was measured."""
+    score = SHOWN[report["task"]].against_latency
     points = {
-        name: (metrics["total_ms"], metrics["f1"])
+        name: (metrics["total_ms"], metrics[score])
         for name, metrics in report["strategies"].items()
-        if "total_ms" in metrics and "f1" in metrics
+        if "total_ms" in metrics and score in metrics
     }
     if not points:
         return ""
@@ -72,8 +74,8 @@ def tradeoff_plot(report: Mapping[str, Any]) -> str:
     _scale_seconds(axes, [latency["value"] / 1000 for latency, _ in points.values()])
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("mean latency of a lone request, logarithmic (further left is faster)")
-    axes.set_ylabel("F1 (higher is better)")
-    return _svg(figure, "tradeoff", "F1 against latency")
+    axes.set_ylabel(f"{METRICS[score].label} (higher is better)")
+    return _svg(figure, "tradeoff", f"{METRICS[score].label} against latency")
 
 
 def _scale_seconds(axes: Axes, seconds: Sequence[float]) -> None:
@@ -103,7 +105,8 @@ def kinds_plot(report: Mapping[str, Any], first: str = "raft", second: str = "ra
     axes.set_yticks(range(len(ranked)), [f"{kind.replace('_', ' ')} (n={row['n']})" for kind, row in ranked])
     axes.set_xlim(-0.04, 1.04)
     axes.set_ylim(-0.6, len(ranked) - 0.4)
-    axes.set_xlabel("share of answers that contain the accepted answer")
+    right = METRICS[SHOWN[report["task"]].right]
+    axes.set_xlabel(f"{right.label}: share of questions")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, labelcolor=_INK)
     return _svg(figure, "kinds", f"{first} and {second} by kind of question")
 

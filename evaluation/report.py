@@ -22,6 +22,7 @@ from evaluation.examples import worst_examples
 from evaluation.page import render_page
 from evaluation.parts import BatchRun, Parts, default_run
 from evaluation.records import Prediction
+from evaluation.rubric import rubric_of
 from evaluation.selection import questions_digest, select_questions
 from evaluation.summary import REPORT_FORMAT, SPLITS, summarise
 from evaluation.table import render_text
@@ -82,7 +83,7 @@ def choose_questions(recipe: EvaluationRecipe, samples: Artifact) -> list[Questi
     """
     from training.samples import load_questions
 
-    counts = (recipe.evaluate.new_documents, recipe.evaluate.new_questions)
+    counts = (recipe.evaluate.new_documents, recipe.evaluate.new_questions, recipe.evaluate.new_kinds)
     chosen: list[Question] = []
     for split, count in zip(SPLITS, counts, strict=True):
         chosen += select_questions(load_questions(samples, split), count, recipe.seed) if count else []
@@ -119,7 +120,9 @@ def report_plan(
         kind="report",
         name=recipe.name,
         config={
-            "evaluate": recipe.evaluate.model_dump(include={"bootstrap_resamples", "worst_examples"}),
+            "evaluate": recipe.evaluate.model_dump(include={"bootstrap_resamples", "worst_examples", "task"}),
+            "quotes": recipe.prompt.quotes,
+            "longest_answer": recipe.samples.max_answer_chars,
             "prices": recipe.prices.model_dump(),
         },
         inputs={"questions": questions_digest(questions)},
@@ -137,11 +140,12 @@ def _write_report(
     plan: Plan,
     attempt: Attempt,
 ) -> Outcome:
-    content = summarise(recipe, parts, artifacts, questions)
+    rubric = rubric_of(recipe, parts, questions)
+    content = summarise(recipe, parts, artifacts, questions, rubric)
     main = next((name for name in _MAIN_STRATEGY if name in artifacts), next(iter(artifacts)))
     examples = worst_examples(
         _headline(load_predictions(artifacts[main]), content["headline_split"]),
-        recipe.language,
+        rubric,
         recipe.evaluate.worst_examples,
     )
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"

@@ -15,15 +15,17 @@ from cluster.store import Artifact
 from evaluation.batch import load_predictions
 from evaluation.config import EvaluationRecipe
 from evaluation.dimensions import dimensions_of, latency_metrics
-from evaluation.intervals import Estimate, paired_difference
-from evaluation.metrics import METRICS, measure, scores
+from evaluation.intervals import Estimate, difference
+from evaluation.metrics import METRICS, measure, metrics_of, scores
 from evaluation.parts import Parts
 from evaluation.records import Prediction
+from evaluation.rubric import Rubric
 from evaluation.selection import kind_of
+from evaluation.tasks import SHOWN
 from retrieval.records import Question
 
-REPORT_FORMAT = 1
-SPLITS = ("test_new_documents", "test_new_questions")
+REPORT_FORMAT = 2
+SPLITS = ("test_new_documents", "test_new_questions", "test_new_kinds")
 COMPARED = (
     ("raft", "rag"),
     ("raft", "rag_fewshot"),
@@ -36,30 +38,32 @@ COMPARED = (
     ("hybrid", "raft"),
     ("auto", "raft"),
 )
-COMPARED_METRICS = ("exact_match", "f1", "contained", "hallucination")
 CUT_SHORT_ALARM = 0.05
 
 ByStrategy = Mapping[str, Sequence[Prediction]]
 
 
 def summarise(
-    recipe: EvaluationRecipe, parts: Parts, artifacts: Mapping[str, Artifact], questions: Sequence[Question]
+    recipe: EvaluationRecipe,
+    parts: Parts,
+    artifacts: Mapping[str, Artifact],
+    questions: Sequence[Question],
+    rubric: Rubric,
 ) -> dict[str, Any]:
     """The content of `report.json`; `artifacts` are predictions on exactly `questions`."""
     predictions = {name: _in_order(artifact, questions) for name, artifact in artifacts.items()}
     splits = [split for split in SPLITS if any(question.split == split for question in questions)]
     headline = splits[0]
     how = {"resamples": recipe.evaluate.bootstrap_resamples, "seed": recipe.seed}
-    measured = {split: _measure_split(predictions, split, recipe.language, **how) for split in splits}
+    measured = {split: _measure_split(predictions, split, rubric, **how) for split in splits}
     latencies = {name: latency_metrics(artifact, **how) for name, artifact in artifacts.items()}
     headline_metrics = {name: {**metrics, **latencies[name]} for name, metrics in measured[headline].items()}
-    comparisons = [
-        row for split in splits for row in _compare(_of_split(predictions, split), split, recipe.language, **how)
-    ]
+    comparisons = [row for split in splits for row in _compare(_of_split(predictions, split), split, rubric, **how)]
     return {
         "format": REPORT_FORMAT,
         "name": recipe.name,
         "language": recipe.language,
+        "task": rubric.task,
         "seed": recipe.seed,
         "headline_split": headline,
         "questions": {split: sum(question.split == split for question in questions) for split in splits},
@@ -70,10 +74,10 @@ def summarise(
             for name, artifact in artifacts.items()
         },
         "comparisons": comparisons,
-        "kinds": _by_kind(_of_split(predictions, headline), recipe.language),
-        "alarms": alarms(comparisons, measured),
+        "kinds": _by_kind(_of_split(predictions, headline), rubric),
+        "alarms": alarms(comparisons, measured, SHOWN[rubric.task].alarm),
         "lineage": _lineage(recipe, parts, artifacts),
-        "definitions": {m.name: {"label": m.label, "definition": m.definition} for m in METRICS.values()},
+        "definitions": {m.name: {"label": m.label, "definition": m.definition} for m in metrics_of(rubric.task)},
         "settings": {
             "passages": recipe.generation.passages,
             "max_new_tokens": recipe.generation.max_new_tokens,
@@ -96,10 +100,10 @@ def _of_split(predictions: ByStrategy, split: str) -> dict[str, list[Prediction]
 
 
 def _measure_split(
-    predictions: ByStrategy, split: str, language: str, *, resamples: int, seed: int
+    predictions: ByStrategy, split: str, rubric: Rubric, *, resamples: int, seed: int
 ) -> dict[str, dict[str, Estimate]]:
     return {
-        name: measure(rows, language, resamples=resamples, seed=seed)
+        name: measure(rows, rubric, resamples=resamples, seed=seed)
         for name, rows in _of_split(predictions, split).items()
     }
 
@@ -110,43 +114,44 @@ def _to_json(measured: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[s
     }
 
 
-def _compare(predictions: ByStrategy, split: str, language: str, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _compare(predictions: ByStrategy, split: str, rubric: Rubric, *, resamples: int, seed: int) -> list[dict[str, Any]]:
     """Paired differences of the pairs in `COMPARED` that were both answered, on the questions that both scored."""
     rows = []
     for first, second in COMPARED:
         if first not in predictions or second not in predictions:
             continue
-        for metric in COMPARED_METRICS:
-            left = scores(metric, predictions[first], language)
-            right = scores(metric, predictions[second], language)
-            both = (left[:, 1] > 0) & (right[:, 1] > 0)
-            difference = paired_difference(left[both, 0], right[both, 0], resamples=resamples, seed=seed)
-            if difference is not None:
+        for metric in SHOWN[rubric.task].compared:
+            left, right = (scores(metric, predictions[name], rubric) for name in (first, second))
+            found = difference(left, right, METRICS[metric].combine, resamples=resamples, seed=seed)
+            if found is not None:
                 row = {"split": split, "first": first, "second": second, "metric": metric}
-                rows.append({**row, **difference.to_json(), "significant": difference.excludes_zero})
+                rows.append({**row, **found.to_json(), "significant": found.excludes_zero})
     return rows
 
 
-def _by_kind(predictions: ByStrategy, language: str) -> dict[str, dict[str, Any]]:
-    """Kind of question → {n, strategy → share of answers that contain an accepted answer}; empty without kinds."""
+def _by_kind(predictions: ByStrategy, rubric: Rubric) -> dict[str, dict[str, Any]]:
+    """Kind of question → {n, strategy → share of right answers (`Shown.right`)}; empty without kinds."""
     kinds: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, rows in predictions.items():
         grouped: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in rows:
             grouped[kind_of(prediction.question)].append(prediction)
         for kind, group in sorted(grouped.items()):
-            table = scores("contained", group, language)
+            table = scores(SHOWN[rubric.task].right, group, rubric)
             if kind and table[:, 1].sum():
                 kinds[kind] |= {"n": len(group), name: float(table[:, 0].sum() / table[:, 1].sum())}
     return dict(kinds)
 
 
 def alarms(
-    comparisons: Sequence[Mapping[str, Any]], measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
+    comparisons: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    metric: str = "f1",
 ) -> list[dict[str, Any]]:
-    """What a reader must not miss: {text, significant}, the most serious first."""
-    found = [_worse_with_passages(row) for row in comparisons if _is_worse_with_passages(row)]
-    found += [_loses(row) for row in comparisons if _tuning_loses(row)]
+    """What a reader must not miss: {text, significant}, the most serious first; `metric` is what is compared."""
+    lower = [row for row in comparisons if row["metric"] == metric and row["value"] < 0]
+    found = [_worse_with_passages(row) for row in lower if _is_worse_with_passages(row)]
+    found += [_loses(row) for row in lower if _tuning_loses(row)]
     for split, by_strategy in measured.items():
         for name, metrics in by_strategy.items():
             failed = metrics["failed"]
@@ -162,9 +167,7 @@ def alarms(
 
 
 def _is_worse_with_passages(row: Mapping[str, Any]) -> bool:
-    return (
-        (row["first"], row["second"]) == ("finetuned_rag", "finetuned") and row["metric"] == "f1" and row["value"] < 0
-    )
+    return (row["first"], row["second"]) == ("finetuned_rag", "finetuned")
 
 
 def _worse_with_passages(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def _worse_with_passages(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tuning_loses(row: Mapping[str, Any]) -> bool:
     rivals = [second for first, second in COMPARED if first == "raft"]
-    return row["first"] == "raft" and row["second"] in rivals and row["metric"] == "f1" and row["value"] < 0
+    return row["first"] == "raft" and row["second"] in rivals
 
 
 def _loses(row: Mapping[str, Any]) -> dict[str, Any]:

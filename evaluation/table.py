@@ -12,18 +12,19 @@ from typing import Any
 from cluster.text_table import WIDTH, render_table
 from evaluation.metrics import METRICS
 from evaluation.summary import describe_difference
+from evaluation.tasks import SHOWN
 
-QUALITY_COLUMNS = ("exact_match", "f1", "contained", "recall_at_k", "verified_answers")
 SPLIT_TITLES = {
     "test_new_documents": "documents never seen in training",
     "test_new_questions": "new questions about documents seen in training",
+    "test_new_kinds": "kinds of question never seen in training",
 }
 ABSENT = "–"
 
 
 def render_text(report: Mapping[str, Any]) -> str:
     """All tables of the report as plain text."""
-    parts = [_dimension_table(report)]
+    parts, shown = [_dimension_table(report)], SHOWN[report["task"]]
     if report["alarms"]:
         parts.append("\n".join(_wrapped(f"! {describe_alarm(alarm)}") for alarm in report["alarms"]))
     parts += [_quality_table(report, split) for split in report["splits"]]
@@ -31,9 +32,11 @@ def render_text(report: Mapping[str, Any]) -> str:
     lines = [
         f"  {row['first']} − {row['second']}: {describe_difference(row)}"
         for row in headline
-        if row["metric"] in ("exact_match", "f1") and row["first"] == "raft"
+        if row["metric"] in shown.told and row["first"] == "raft"
     ] or [
-        f"  {row['first']} − {row['second']}: {describe_difference(row)}" for row in headline if row["metric"] == "f1"
+        f"  {row['first']} − {row['second']}: {describe_difference(row)}"
+        for row in headline
+        if row["metric"] == shown.alarm
     ]
     if lines:
         parts.append("\n".join([f"Paired differences on {SPLIT_TITLES[report['headline_split']]}:", *lines]))
@@ -73,9 +76,9 @@ def _dimension_table(report: Mapping[str, Any]) -> str:
 
 
 def _quality_table(report: Mapping[str, Any], split: str) -> str:
-    metrics = report["splits"][split]
-    headers = ["strategy", *(METRICS[name].label for name in QUALITY_COLUMNS)]
-    rows = [[name, *(compact(metrics[name].get(column)) for column in QUALITY_COLUMNS)] for name in metrics]
+    metrics, columns = report["splits"][split], SHOWN[report["task"]].columns
+    headers = ["strategy", *(METRICS[name].label for name in columns)]
+    rows = [[name, *(compact(metrics[name].get(column)) for column in columns)] for name in metrics]
     title = f"Quality on {SPLIT_TITLES[split]} (n={report['questions'][split]})"
     return render_table(title, headers, rows, f"Brackets: 95% interval. k={report['settings']['passages']}.")
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.intervals import Estimate, paired_difference, percentile, share
+from evaluation.intervals import Estimate, difference, macro_f1, percentile, ratio, share, statistic
 
 
 def slow_bootstrap(numerators, denominators, resamples, seed):
@@ -58,21 +58,55 @@ def test_blocks_of_resamples_leave_no_seam(monkeypatch):
     assert share(values, np.ones(50), resamples=400, seed=5) == whole
 
 
-def test_paired_difference_sees_what_unpaired_intervals_hide():
+def as_means(values):
+    return np.column_stack([values, np.ones(len(values))])
+
+
+def test_a_paired_difference_sees_what_unpaired_intervals_hide():
     hard = np.linspace(0, 1, 40)
     better = hard + 0.05
-    difference = paired_difference(better, hard, resamples=300, seed=2)
-    assert difference is not None
-    assert difference.excludes_zero
-    assert (difference.low, difference.high) == pytest.approx((0.05, 0.05))
-    swapped = paired_difference(hard, better, resamples=300, seed=2)
-    assert swapped is not None and swapped.value == pytest.approx(-difference.value)
+    found = difference(as_means(better), as_means(hard), ratio, resamples=300, seed=2)
+    assert found is not None
+    assert found.excludes_zero
+    assert (found.low, found.high) == pytest.approx((0.05, 0.05))
+    swapped = difference(as_means(hard), as_means(better), ratio, resamples=300, seed=2)
+    assert swapped is not None and swapped.value == pytest.approx(-found.value)
 
 
 def test_no_difference_is_not_significant():
-    same = paired_difference([1, 0, 1], [1, 0, 1], resamples=200, seed=2)
+    same = difference(as_means([1, 0, 1]), as_means([1, 0, 1]), ratio, resamples=200, seed=2)
     assert same == Estimate(0, 0, 0, 3)
     assert not same.excludes_zero
+
+
+def test_questions_that_one_side_does_not_apply_to_are_left_out_on_both():
+    found = difference([[1, 1], [0, 0], [1, 1]], [[0, 1], [1, 1], [1, 1]], ratio, resamples=100, seed=2)
+    assert found is not None and (found.value, found.n) == (0.5, 2)
+    assert difference([[0, 0]], [[1, 1]], ratio, resamples=100, seed=2) is None
+
+
+def by_hand_f1(golden, predicted, labels):
+    """Precision and recall, one label at a time."""
+    scores = []
+    for label in labels:
+        right = sum(g == p == label for g, p in zip(golden, predicted, strict=True))
+        precision = right / max(1, predicted.count(label))
+        recall = right / max(1, golden.count(label))
+        scores.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    return sum(scores) / len(scores)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ynm"), st.sampled_from("ynm?")), min_size=1, max_size=30))
+def test_macro_f1_agrees_with_precision_and_recall_label_by_label(pairs):
+    labels = "mny"
+    table = [
+        [*(g == p == x for x in labels), *(p == x for x in labels), *(g == x for x in labels)] for g, p in pairs
+    ]
+    estimate = statistic(table, macro_f1, resamples=100, seed=1)
+    golden, predicted = ([pair[side] for pair in pairs] for side in (0, 1))
+    assert estimate is not None and estimate.n == len(pairs)
+    assert estimate.value == pytest.approx(by_hand_f1(golden, predicted, labels))
+    assert 0 <= estimate.low <= estimate.high <= 1
 
 
 def test_percentile_lies_between_ranks():

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from evaluation.metrics import METRICS, measure
+from evaluation.metrics import METRICS, measure, metrics_of
 from evaluation.records import Prediction
+from evaluation.rubric import Rubric
 from retrieval.records import Golden, Hit, Question
 from serving.answering import finish
 from serving.engine import Completion
@@ -26,8 +27,11 @@ def predict(text, shown=(3, 4, 5), strategy="raft", question=QUESTION, finish_re
     return Prediction(question, finish(completion, STRATEGIES[strategy], hits, prompt_format))
 
 
-def score(metric, prediction, language="en"):
-    return METRICS[metric].score(prediction, language)
+RUBRIC = Rubric("en")
+
+
+def score(metric, prediction, rubric=RUBRIC):
+    return METRICS[metric].score(prediction, rubric)
 
 
 QUOTED = "##begin_quote##The seat of Land3 is Town3##end_quote##\n<ANSWER>: Town3"
@@ -35,10 +39,11 @@ QUOTED = "##begin_quote##The seat of Land3 is Town3##end_quote##\n<ANSWER>: Town
 
 def test_a_right_quoted_answer_scores_on_everything():
     prediction = predict(QUOTED)
-    expected = dict.fromkeys(METRICS, (1.0, 1.0)) | dict.fromkeys(
+    names = [metric.name for metric in metrics_of("answers")]
+    expected = dict.fromkeys(names, (1.0, 1.0)) | dict.fromkeys(
         ("abstained", "hallucination", "cut_short", "failed"), (0.0, 1.0)
     )
-    assert {name: score(name, prediction) for name in METRICS} == expected
+    assert {name: score(name, prediction) for name in names} == expected
 
 
 def test_f1_takes_the_best_accepted_answer():
@@ -104,12 +109,12 @@ def test_cut_short_answers_are_counted():
 
 def test_questions_without_accepted_answers_are_not_scored_as_wrong():
     unknown = dataclasses.replace(QUESTION, answers=(), golden=())
-    measured = measure([predict(QUOTED, question=unknown)], "en", resamples=100, seed=1)
+    measured = measure([predict(QUOTED, question=unknown)], RUBRIC, resamples=100, seed=1)
     assert not {"exact_match", "f1", "contained", "recall_at_k", "quote_contains_answer"} & measured.keys()
     assert measured["verified_answers"].value == 1.0
 
 
 def test_measures_are_means_over_the_questions_they_apply_to():
-    measured = measure([predict(QUOTED), predict("<ANSWER>: Town9")], "en", resamples=100, seed=1)
+    measured = measure([predict(QUOTED), predict("<ANSWER>: Town9")], RUBRIC, resamples=100, seed=1)
     assert (measured["exact_match"].value, measured["exact_match"].n) == (0.5, 2)
     assert (measured["quote_contains_answer"].value, measured["quote_contains_answer"].n) == (1.0, 1)
