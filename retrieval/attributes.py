@@ -290,8 +290,8 @@ class Attributes:
             for key, found in self._slices.items()
         }
 
-    def rows(self, wanted: Filter) -> Rows:
-        """The rows that match, sorted, distinct, (n,) int64, read-only; remembered for the next search."""
+    def rows(self, wanted: Filter, *, remember: bool = True) -> Rows:
+        """The rows that match, sorted, distinct, (n,) int64, read-only; remembered for the next search if wished."""
         with self._lock:
             if wanted in self._cache:
                 self._cache.move_to_end(wanted)
@@ -299,7 +299,7 @@ class Attributes:
         found = self._find(wanted)
         found.flags.writeable = False
         with self._lock:
-            if wanted not in self._cache and found.nbytes <= self.cache_bytes:
+            if remember and wanted not in self._cache and found.nbytes <= self.cache_bytes:
                 self._cache[wanted] = found
                 self._cached += found.nbytes
                 while self._cached > self.cache_bytes:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from cluster.manifest import ArtifactRef
     from cluster.store import Artifact
+    from retrieval.by_document import ChunksByDocument
     from retrieval.rerank import Reranker
     from retrieval.searcher import IndexSearcher
 
@@ -204,6 +205,12 @@ class Retriever:
         """Chunks that are not deleted, in document and offset order, collection by collection."""
         for member in self._members:
             yield from member.searcher.chunks()
+
+    def by_document(self) -> ChunksByDocument:
+        """The chunks of each document, read from the mapped files when they are asked for."""
+        from retrieval.by_document import ChunksByDocument
+
+        return ChunksByDocument([member.searcher for member in self._members])
 
     def documents(self) -> Iterator[Document]:
         """Documents that are not deleted, in corpus order, with their text, collection by collection."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+    import pyarrow as pa
 
     from cluster.store import Artifact
 
@@ -60,9 +61,9 @@ class _Shard:
     def live(self) -> int:
         return self.reader.rows - len(self.reader.tombstones)
 
-    def allowed(self, wanted: Filter) -> Rows:
-        """Sorted rows that match and are not deleted."""
-        rows = self.reader.attributes.rows(wanted)
+    def allowed(self, wanted: Filter, *, remember: bool = True) -> Rows:
+        """Sorted rows that match and are not deleted; `remember` them for the next search under the same filter."""
+        rows = self.reader.attributes.rows(wanted, remember=remember)
         return rows if self.deleted is None else rows[~self.deleted[rows]]
 
 
@@ -150,6 +151,32 @@ class IndexSearcher:
         """Whether a document of that id has a passage that is not deleted."""
         wanted = OneOf("doc_id", "text", (doc_id,))
         return any(len(shard.allowed(wanted)) for shard in self._shards)
+
+    def rows_of(self, doc_id: str) -> Rows:
+        """Global rows of a document's live chunks, sorted, (n,) int64."""
+        import numpy as np
+
+        wanted = OneOf("doc_id", "text", (doc_id,))
+        return np.concatenate([shard.allowed(wanted, remember=False) + shard.offset for shard in self._shards])
+
+    def spans(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Offsets `start` and `end` of the chunks at sorted global `rows`, (n,) int64 each."""
+        import numpy as np
+
+        found = [
+            (batch.column(0).to_numpy(), batch.column(1).to_numpy())
+            for shard, inside in self._by_shard(rows.tolist())
+            for batch in shard.reader.batches(np.asarray(inside, dtype=np.int64) - shard.offset, ("start", "end"))
+        ]
+        return np.concatenate([starts for starts, _ in found]), np.concatenate([ends for _, ends in found])
+
+    def document_ids(self) -> Iterator[pa.Array]:
+        """Ids of the documents with live chunks, in corpus order, shard by shard."""
+        import pyarrow.compute as pc
+
+        for shard in self._shards:
+            ids = shard.reader.column("doc_id")
+            yield pc.unique(ids if shard.deleted is None else ids.filter(~shard.deleted))
 
     def dense(self, vectors: Vectors, k: int, wanted: Filter | None) -> list[Ranking[int]]:
         """The k best allowed rows of each query, by inner product.

@@ -1,45 +1,50 @@
 """The samples stage: questions and an index become RAFT rows, closed-book rows and test questions.
 
-In: the recipe's `questions`, `prompt` and `samples` sections, and an index artifact. Out: a `samples` artifact with
-`questions.parquet` (every question with its split), `raft/part-N.parquet`, `dsf.parquet` and `examples.parquet`
-(rows used as worked examples in few-shot prompts). Ray Data actors search the index and write the rows.
-Not covered: one row's content (training/raft_rows.py), splits (training/splits.py), training.
+In: the recipe's `questions`, `prompt` and `samples` sections, and an index artifact. Out: a `samples` artifact:
+
+    questions.parquet              every kept question with its split
+    raft/part-N.parquet            RAFT rows that train
+    dsf/part-N.parquet             closed-book rows that train
+    validation/<objective>-N.parquet   rows of both objectives that validate, never trained on
+    examples.parquet               rows used as worked examples in few-shot prompts
+
+and a data card in its manifest (`measured["card"]`). The driver holds the questions, never the rows.
+Not covered: one row's content (training/raft_rows.py), writing rows on workers (training/sample_writer.py), splits
+(training/splits.py), training.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import UserError
-from cluster.progress import say, track
-from cluster.session import ray_session
+from cluster.progress import say
 from cluster.stage import Outcome, Plan, digest_path, run_stage
 from retrieval.documents import join_path, open_filesystem
-from retrieval.questions import read_questions
-from retrieval.records import Chunk, Question
+from retrieval.records import Question
 from training.config import TrainingRecipe
+from training.data_card import count_kinds, make_card
 from training.format import FORMAT_VERSION, PromptFormat, WorkedExample, prompt_path
 from training.raft_rows import RowMaker
 from training.records import RaftSample
-from training.splits import NEW_QUESTIONS, TRAIN, assign_splits, held_out_documents, spread
+from training.sample_choice import choose_questions, keep_questions_about_seen_facts
+from training.sample_writer import COVERAGE, DSF, RAFT, VALIDATION, SampleJob, write_samples
+from training.splits import held_out_documents, prepare_questions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from cluster.store import Artifact, Attempt, Store
-    from retrieval.retriever import Retriever
 
-SAMPLES_FORMAT = 1
-BLOCK_ROWS = 64
-# Hits searched per question: enough that filtering held-out documents and false negatives leaves distractors.
-MINING_DEPTH = 24
+SAMPLES_FORMAT = 2
 EXAMPLES = 4
 EXAMPLE_CANDIDATES = 40
+READ_ROWS = 1024
+
+Objective = Literal["raft", "dsf"]
 
 
 def require_questions(recipe: TrainingRecipe) -> None:
@@ -68,7 +73,7 @@ def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
     inputs = questions_inputs(recipe)
     inputs["prompt.path"] = digest_path(str(prompt_path(recipe.prompt, recipe.language)), key="prompt.path")
     config = {
-        "samples": recipe.samples.model_dump(),
+        "samples": recipe.samples.model_dump(exclude={"workers"}),
         "prompt": recipe.prompt.model_dump(exclude={"path"}),
         "questions": recipe.questions.model_dump(exclude={"path", "test_path"}),
         "prompt_format": FORMAT_VERSION,
@@ -92,162 +97,62 @@ def build_samples(recipe: TrainingRecipe, store: Store, index: Artifact) -> Arti
 
 
 def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome:
-    tests = read_questions(recipe.questions.test_path, "questions.test_path") if recipe.questions.test_path else None
-    questions = assign_splits(read_questions(recipe.questions.path), tests, recipe.questions, recipe.seed)
-    candidates = spread([q for q in questions if q.split == TRAIN and q.golden], len(questions), recipe.seed)
-    held_out = frozenset(held_out_documents(questions))
-    drops = _write_raft_rows(recipe, index, attempt, candidates[: recipe.samples.raft_rows], held_out)
-    raft = _read_parts(attempt.uri)
-    if not raft:
-        raise UserError(f"samples: none of {len(candidates)} training questions gave a row: {_describe(drops)}")
-    dsf, asked = _dsf_rows(recipe, candidates[: recipe.samples.dsf_rows])
-    kept = _keep_questions_about_seen_facts(questions, asked)
-    write_table(attempt.directory / "questions.parquet", [q.to_row() for q in kept], Question.schema())
-    write_table(attempt.directory / "dsf.parquet", [row.to_row() for row in dsf], RaftSample.schema())
-    examples = _choose_examples(raft)
-    write_table(attempt.directory / "examples.parquet", [row.to_row() for row in examples], RaftSample.schema())
-    if drops:
-        say(f"samples: left out {sum(drops.values())} of {recipe.samples.raft_rows} questions: {_describe(drops)}")
-    counts = {f"questions_{split}": count for split, count in collections.Counter(q.split for q in kept).items()}
-    return Outcome(
-        counts={**counts, "raft": len(raft), "dsf": len(dsf), "examples": len(examples)},
-        measured={
-            "test_documents": sorted(held_out),
-            "dropped": dict(drops),
-            "golden_share": round(sum(row.golden_present for row in raft) / len(raft), 4),
-            "quoted_share": round(sum(bool(row.quotes) for row in raft) / len(raft), 4),
-            "questions_about_other_facts": len(questions) - len(kept),
+    own = {name: value for name, value in recipe.model_dump().items() if name in TrainingRecipe.model_fields}
+    config = TrainingRecipe.model_validate(own)  # workers need not know the whole recipe's class
+    prompt_format = PromptFormat.load(config.prompt, config.language)
+    prepared = prepare_questions(config)
+    held_out = frozenset(held_out_documents(prepared.questions))
+    closed_book = RowMaker(config.samples, prompt_format, config.seed, {}, held_out).dsf
+    chosen = choose_questions(prepared.questions, config.samples, config.seed, closed_book)
+    kept = keep_questions_about_seen_facts(prepared.questions, chosen.dsf)
+    job = SampleJob(config, prompt_format, index, attempt.uri, held_out)
+    written = write_samples(
+        job,
+        {
+            RAFT: chosen.raft,
+            DSF: chosen.dsf,
+            VALIDATION + RAFT: chosen.validation_raft,
+            VALIDATION + DSF: chosen.validation_dsf,
+            COVERAGE: kept,
         },
     )
-
-
-def _describe(drops: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "no training question"
-
-
-def _write_raft_rows(
-    recipe: TrainingRecipe, index: Artifact, attempt: Attempt, questions: Sequence[Question], held_out: frozenset[str]
-) -> collections.Counter[str]:
-    """Writes `raft/part-N.parquet`, a part per block of questions; returns how many gave no row, by reason."""
-    import pyarrow as pa
-
-    rows = [question.to_row() for question in questions]
-    blocks = [
-        pa.Table.from_pylist(rows[start : start + BLOCK_ROWS], schema=Question.schema()).append_column(
-            "block", pa.array([start // BLOCK_ROWS] * len(rows[start : start + BLOCK_ROWS]))
-        )
-        for start in range(0, len(rows), BLOCK_ROWS)
-    ]
-    if not blocks:
-        return collections.Counter()
-    prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
-    arguments = (recipe.model_dump(), prompt_format, index, attempt.uri, held_out)
-    # One block gives workers nothing to share, and starting them takes longer than the work itself.
-    alone = len(blocks) == 1 and recipe.ray.address is None and not recipe.search.gpu
-    drops: collections.Counter[str] = collections.Counter()
-    with (
-        contextlib.nullcontext() if alone else ray_session(recipe.ray),
-        track("samples", len(rows), "questions") as bar,
-    ):
-        for row in _write_here(blocks, arguments) if alone else _write_on_workers(blocks, arguments):
-            if row["fault"]:
-                raise UserError(row["fault"])
-            bar.advance(int(row["questions"]))
-            drops.update({reason: int(count) for reason, count in zip(row["reasons"], row["drops"], strict=True)})
-    return drops
-
-
-def _write_here(blocks: Sequence[pa.Table], arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    writer = _RaftWriter(*arguments)
-    for block in blocks:
-        yield from writer(block).to_pylist()
-
-
-def _write_on_workers(blocks: Sequence[pa.Table], arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    import ray
-
-    dataset = ray.data.from_arrow(list(blocks)).map_batches(
-        _RaftWriter,
-        fn_constructor_args=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0.5,
+    _remove_unfinished(attempt.directory)
+    examples = _choose_examples(_first_rows(attempt.uri, EXAMPLE_CANDIDATES))
+    write_table(attempt.directory / "questions.parquet", [q.to_row() for q in kept], Question.schema())
+    write_table(attempt.directory / "examples.parquet", [row.to_row() for row in examples], RaftSample.schema())
+    elsewhere = {"asks about a fact that no closed-book row teaches": len(prepared.questions) - len(kept)}
+    card = make_card(
+        written.tally,
+        questions=count_kinds(kept),
+        dropped={
+            "questions": prepared.drops,
+            "training questions": chosen.drops,
+            "test questions": {reason: count for reason, count in elsewhere.items() if count},
+        },
+        coverage=written.coverage.summary(index.manifest.counts["documents"], index.manifest.counts["chunks"]),
+        held_out_documents=len(held_out),
+        tokenizer=written.tokenizer,
     )
-    yield from dataset.iter_rows()
+    _report_drops(card, len(chosen.raft), chosen.candidates, chosen.drops)
+    splits = {f"questions_{split}": sum(kinds.values()) for split, kinds in card["questions"].items()}
+    rows = {part.replace("-", "_"): count for part, count in card["rows"].items()}
+    return Outcome({**splits, **rows, "examples": len(examples)}, {"card": card})
 
 
-class _RaftWriter:
-    """Ray Data actor: makes the rows of a block of questions and writes them as one part."""
-
-    def __init__(
-        self,
-        recipe: Mapping[str, Any],
-        prompt_format: PromptFormat,
-        index: Artifact,
-        uri: str,
-        held_out: frozenset[str],
-    ) -> None:
-        known = {name: value for name, value in recipe.items() if name in TrainingRecipe.model_fields}
-        self.recipe = TrainingRecipe.model_validate(known)
-        self.prompt_format = prompt_format
-        self.index = index
-        self.uri = uri
-        self.held_out = held_out
-
-    @functools.cached_property
-    def retriever(self) -> Retriever:
-        from retrieval.retriever import Retriever
-
-        return Retriever.open(self.index, self.recipe.encoder, self.recipe.search)
-
-    @functools.cached_property
-    def maker(self) -> RowMaker:
-        chunks_of: dict[str, list[Chunk]] = collections.defaultdict(list)
-        for chunk in self.retriever.chunks():
-            chunks_of[chunk.doc_id].append(chunk)
-        trainable = sorted(set(chunks_of) - self.held_out)
-        return RowMaker(self.recipe.samples, self.prompt_format, self.recipe.seed, chunks_of, self.held_out, trainable)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        try:
-            questions, drops, fault = *self._write(block), ""
-        except UserError as error:  # Ray would wrap it in a traceback: it travels as data
-            questions, drops, fault = 0, collections.Counter[str](), str(error)
-        return _progress_row(questions, drops, fault)
-
-    def _write(self, block: pa.Table) -> tuple[int, collections.Counter[str]]:
-        """Writes the rows of a block; returns its questions, and how many gave no row, by reason."""
-        number = block["block"][0].as_py()
-        questions = [Question.from_row(row) for row in block.to_pylist()]
-        depth = min(MINING_DEPTH, len(self.retriever))
-        made = [
-            self.maker.raft(question, hits)
-            for question, hits in zip(questions, self.retriever.search([q.text for q in questions], depth), strict=True)
-        ]
-        rows = [row.to_row() for row in made if isinstance(row, RaftSample)]
-        write_part(self.uri, f"raft/part-{number:05d}.parquet", rows, RaftSample.schema())
-        return len(questions), collections.Counter(reason for reason in made if isinstance(reason, str))
+def _report_drops(card: Mapping[str, Any], asked: int, candidates: int, dropped: Mapping[str, int]) -> None:
+    """Says why questions gave no RAFT row; refuses samples without any."""
+    drops = {**dropped, **card["drops"].get(RAFT, {})}
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "no training question"
+    if not card["rows"].get(RAFT):
+        raise UserError(f"samples: none of {candidates} training questions gave a row: {told}")
+    if drops:
+        say(f"samples: left out {sum(drops.values())} of {asked + sum(dropped.values())} questions: {told}")
 
 
-def _progress_row(questions: int, drops: Mapping[str, int], fault: str) -> pa.Table:
-    import pyarrow as pa
-
-    names, numbers = pa.list_(pa.string()), pa.list_(pa.int64())
-    return pa.table(
-        {"questions": [questions], "reasons": [list(drops)], "drops": [list(drops.values())], "fault": [fault]},
-        schema=pa.schema([("questions", pa.int64()), ("reasons", names), ("drops", numbers), ("fault", pa.string())]),
-    )
-
-
-def write_part(uri: str, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Writes rows as a Parquet file below a directory that any worker can reach."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    filesystem, inner = open_filesystem(join_path(uri, name))
-    filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), inner, filesystem=filesystem)
+def _remove_unfinished(directory: Path) -> None:
+    """A worker that was killed while it wrote leaves a part under another name, and its successor writes it anew."""
+    for path in directory.rglob("*.unfinished-*"):
+        path.unlink()
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -258,54 +163,66 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-def _dsf_rows(recipe: TrainingRecipe, questions: Sequence[Question]) -> tuple[list[RaftSample], list[Question]]:
-    maker = RowMaker(recipe.samples, PromptFormat.load(recipe.prompt, recipe.language), recipe.seed, {}, frozenset())
-    made = [(maker.dsf(question), question) for question in questions]
-    rows = [(row, question) for row, question in made if isinstance(row, RaftSample)]
-    return [row for row, _ in rows], [question for _, question in rows]
-
-
-def _keep_questions_about_seen_facts(questions: Sequence[Question], asked: Sequence[Question]) -> list[Question]:
-    """Leaves out new questions about facts that no closed-book row teaches, where there are others.
-
-    A closed-book model cannot answer what it was never told: asking it would measure the size of the training set.
-    """
-    seen = {(question.golden, question.answers) for question in asked}
-    about_seen = {q.question_id for q in questions if q.split == NEW_QUESTIONS and (q.golden, q.answers) in seen}
-    if not about_seen:
-        return list(questions)
-    return [q for q in questions if q.split != NEW_QUESTIONS or q.question_id in about_seen]
-
-
 def _choose_examples(raft: Sequence[RaftSample]) -> list[RaftSample]:
     """Short rows that show the whole format: golden passage present, with its quote where targets carry one."""
-    candidates = [row for row in raft[:EXAMPLE_CANDIDATES] if row.golden_present]
+    candidates = [row for row in raft if row.golden_present]
     quoted = [row for row in candidates if row.quotes] or candidates
     return sorted(quoted, key=lambda row: (sum(len(p.text) for p in row.passages), row.sample_id))[:EXAMPLES]
 
 
-def _read_parts(uri: str) -> list[RaftSample]:
-    """The RAFT rows below a directory, from where the workers wrote them, in the order of their blocks."""
+def _first_rows(uri: str, count: int) -> list[RaftSample]:
+    """The first RAFT rows below an address, from where the workers wrote them, in the order of their questions."""
     import pyarrow.fs as pafs
     import pyarrow.parquet as pq
 
-    filesystem, inner = open_filesystem(join_path(uri, "raft"))
+    filesystem, inner = open_filesystem(join_path(uri, RAFT))
     files = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    paths = sorted(file.path for file in files if file.path.endswith(".parquet"))
-    return [
-        RaftSample.from_row(row) for path in paths for row in pq.read_table(path, filesystem=filesystem).to_pylist()
-    ]
+    rows: list[RaftSample] = []
+    for path in sorted(file.path for file in files if file.path.endswith(".parquet")):
+        with filesystem.open_input_file(path) as file:
+            rows += map(RaftSample.from_row, pq.read_table(file).slice(0, count - len(rows)).to_pylist())
+        if len(rows) >= count:
+            break
+    return rows
 
 
-def _read_rows(path: Path) -> list[RaftSample]:
+def sample_files(samples: Artifact, objective: str) -> list[Path]:
+    """Local, verified Parquet files (`RaftSample` rows) that an objective trains on, in the order of their rows."""
+    return _files(samples, f"{objective}/")
+
+
+def validation_files(samples: Artifact, objective: str) -> list[Path]:
+    """Local, verified Parquet files of the rows that validate an objective, in the order of their rows."""
+    return _files(samples, f"validation/{objective}-")
+
+
+def _files(samples: Artifact, prefix: str) -> list[Path]:
+    names = sorted(entry.path for entry in samples.manifest.files if entry.path.startswith(prefix))
+    directory = samples.directory()
+    return [directory / name for name in names]
+
+
+def iterate_rows(files: Sequence[Path]) -> Iterator[RaftSample]:
+    """The rows of Parquet files in order, a thousand at a time."""
     import pyarrow.parquet as pq
 
-    return [RaftSample.from_row(row) for row in pq.read_table(path).to_pylist()]
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(READ_ROWS):
+                yield from map(RaftSample.from_row, batch.to_pylist())
 
 
 def load_samples(samples: Artifact, objective: str) -> list[RaftSample]:
-    """The rows of an objective (`raft` or `dsf`), in training order before shuffling."""
-    return _read_parts(str(samples.directory())) if objective == "raft" else _read_rows(samples.path("dsf.parquet"))
+    """The rows that an objective (`raft` or `dsf`) trains on, in order before shuffling, all in memory."""
+    return list(iterate_rows(sample_files(samples, objective)))
+
+
+def load_validation(samples: Artifact, objective: str) -> list[RaftSample]:
+    """The rows that validate an objective (`raft` or `dsf`), in order; empty where the questions were too few.
+
+    No objective trains on their questions.
+    """
+    return list(iterate_rows(validation_files(samples, objective)))
 
 
 def load_questions(samples: Artifact, split: str | None = None) -> list[Question]:
@@ -318,5 +235,5 @@ def load_questions(samples: Artifact, split: str | None = None) -> list[Question
 
 def load_examples(samples: Artifact) -> tuple[WorkedExample, ...]:
     """Worked examples for few-shot prompts, best first."""
-    rows = _read_rows(samples.path("examples.parquet"))
+    rows = iterate_rows([samples.path("examples.parquet")])
     return tuple(WorkedExample(row.question, row.passages, row.target) for row in rows)

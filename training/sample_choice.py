@@ -1,0 +1,115 @@
+"""Which questions train, which validate, and in what order: before any row is made.
+
+In: questions with their splits, the recipe's `samples` section. Out: the questions of RAFT rows, of closed-book rows,
+and of the rows that validate either; a question that validates trains neither. Plain Python; the same questions and
+seed give the same choice. Not covered: splits (training/splits.py), the rows (training/raft_rows.py).
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from retrieval.records import Golden, Question
+from training.config import SamplesConfig
+from training.records import RaftSample
+from training.splits import NEW_QUESTIONS, TRAIN, spread
+
+Fact = tuple[tuple[Golden, ...], tuple[str, ...]]
+ClosedBook = Callable[[Question], RaftSample | str]
+
+VALIDATION_SHARE = 5
+"""At most one question in this many validates where all others are needed to train."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Questions by what their rows are for, each list in the order of its rows."""
+
+    raft: list[Question]
+    dsf: list[Question]
+    validation_raft: list[Question]
+    validation_dsf: list[Question]
+    drops: collections.Counter[str]
+    """Training questions that can give no row, by reason."""
+    candidates: int
+    """Training questions that can give a row."""
+
+
+def choose_questions(
+    questions: Sequence[Question], config: SamplesConfig, seed: int, closed_book: ClosedBook
+) -> Chosen:
+    """Chooses among the training questions, evenly over kinds and documents.
+
+    Validation takes questions that neither objective trains on anyway; where too few of those are left, up to a fifth
+    of all. Closed-book rows validate with questions about facts that are trained in other words, where there are any:
+    of a fact that it was never told, a closed-book model can only learn to guess.
+
+    Args:
+        questions: All, with their splits.
+        config: How many rows of each kind.
+        seed: The recipe's.
+        closed_book: Makes a question's closed-book row, or says why there is none (`RowMaker.dsf`).
+    """
+    able, teaches, drops = _sort_out([q for q in questions if q.split == TRAIN], closed_book)
+    candidates = spread(able, len(able), seed)
+    spare = max(0, len(candidates) - max(config.raft_rows, config.dsf_rows))
+    wanted = min(config.validation_rows, max(spare, len(candidates) // VALIDATION_SHARE))
+    kept_back = max(spare, wanted) if wanted else 0
+    cut = len(candidates) - kept_back
+    trained, pool = candidates[:cut], candidates[cut:]
+    dsf = [q for q in trained if q.question_id in teaches][: config.dsf_rows]
+    told = {fact_of(question) for question in dsf}
+    closed = [q for q in pool if q.question_id in teaches]
+    return Chosen(
+        raft=trained[: config.raft_rows],
+        dsf=dsf,
+        validation_raft=spread(pool, wanted, seed),
+        validation_dsf=spread([q for q in closed if fact_of(q) in told] or closed, wanted, seed),
+        drops=drops,
+        candidates=len(candidates),
+    )
+
+
+def _sort_out(
+    questions: Sequence[Question], closed_book: ClosedBook
+) -> tuple[list[Question], set[str], collections.Counter[str]]:
+    """Questions that can give a row, the ids of those that can give a closed-book row, and why others give none."""
+    able: list[Question] = []
+    teaches: set[str] = set()
+    drops: collections.Counter[str] = collections.Counter()
+    for question in questions:
+        made = closed_book(question)
+        if is_unanswerable(question):
+            able.append(question)
+        elif isinstance(made, str):
+            drops[made] += 1
+        elif not question.golden:
+            drops["no golden place"] += 1
+        else:
+            able.append(question)
+            teaches.add(question.question_id)
+    return able, teaches, drops
+
+
+def is_unanswerable(question: Question) -> bool:
+    """Whether abstaining is the right answer: the documents do not say."""
+    return question.metadata.get("kind") == "unanswerable" or not (question.answers or question.golden)
+
+
+def fact_of(question: Question) -> Fact:
+    """What a question asks for, whatever its words: the same places with the same answers."""
+    return question.golden, question.answers
+
+
+def keep_questions_about_seen_facts(questions: Sequence[Question], asked: Sequence[Question]) -> list[Question]:
+    """Leaves out new questions about facts that no closed-book row teaches, where there are others.
+
+    A closed-book model cannot answer what it was never told: asking it would measure the size of the training set.
+    """
+    seen = {fact_of(question) for question in asked}
+    about_seen = {q.question_id for q in questions if q.split == NEW_QUESTIONS and fact_of(q) in seen}
+    if not about_seen:
+        return list(questions)
+    return [q for q in questions if q.split != NEW_QUESTIONS or q.question_id in about_seen]
