@@ -5,9 +5,9 @@
 Run it from a checkout. `--data` holds the folders xquad-en, xquad-zh, torchhub and pubmedqa, each with corpus.jsonl
 and questions.jsonl; runs that need one are recorded as failed without it. A run is `rayft index build`,
 `rayft train lora`, `rayft release`, `rayft evaluate` and the like (benchmarks/results.yaml). What became of each is
-kept in `--work`, so that the command, given again, goes on where it stopped and repeats nothing that is done. The page is
-written after every run; what is not measured yet is shown as "not measured". `--only` takes names of runs or of parts
-(`table`, `ablation`, …). `--assemble` only writes the page. On a GPU: `--cells benchmarks/results_gpu.yaml`.
+kept in `--work`, so that the command, given again, goes on where it stopped and repeats nothing that is done. The page
+is written after every run; what is not measured yet is shown as "not measured". `--only` takes names of runs or of
+parts (`table`, `ablation`, …). `--assemble` only writes the page. On a GPU: `--cells benchmarks/results_gpu.yaml`.
 Exit status 1 when a run failed.
 """
 

@@ -269,7 +269,8 @@ def carry_out(place: Workplace, run: Run, known: Record | None = None) -> Record
         recipe = load_recipe(run.recipe, settings, Recipe)
     except UserError as error:
         return dataclasses.replace(record, reason=str(error))
-    steps, seconds = run.steps, ()
+    steps = run.steps
+    seconds: tuple[tuple[str, float], ...] = ()
     if known and known.state == "done" and place.store.exists(ArtifactRef("release", recipe.name, known.release)):
         steps, seconds = (f"evaluate --release {known.release}",), known.seconds
     conditions = describe_conditions(PACKAGES, recipe.seed)
