@@ -30,8 +30,9 @@ from evaluation import cli as evaluation_cli
 from evaluation.config import EvaluationRecipe
 from retrieval.cli import index_app
 from serving.cli import serving_app
-from training.cli import samples_app, train_app
+from training.cli import train_app
 from training.questions_cli import questions_app
+from training.samples_cli import samples_app
 
 if TYPE_CHECKING:
     from cluster.store import Artifact, ArtifactRef, Store

@@ -1,4 +1,4 @@
-"""`rayft samples build|show` and `rayft train lora|retriever`.
+"""`rayft train lora|retriever`.
 
 In: a function that loads a recipe. Out: Typer sub-apps. Heavy imports stand inside the commands, so that `--help`
 answers at once.
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from training.samples_cli import samples_of
+
 if TYPE_CHECKING:
-    from cluster.store import Artifact
     from training.config import TrainingRecipe
-    from training.records import RaftSample
 
 Load = Callable[[str, list[str]], "TrainingRecipe"]
 
@@ -22,57 +22,6 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe fi
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key (repeatable).")
 ]
-
-
-def samples_app(load: Load) -> typer.Typer:
-    """The `samples` sub-app."""
-    app = typer.Typer(no_args_is_help=True, help="Build and read RAFT samples.")
-
-    @app.command()
-    def build(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-        """Make RAFT and closed-book rows from the questions and the index, which is built first where it is stale."""
-        samples_of(load(recipe, overrides or []))
-
-    @app.command()
-    def show(
-        recipe: RecipeArgument,
-        rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to print.")] = 3,
-        objective: Annotated[Literal["raft", "dsf"], typer.Option(help="Which rows.")] = "raft",
-        overrides: SetOption = None,
-    ) -> None:
-        """Print rows of the current samples, and how they are made up."""
-        from cluster.store import Store
-        from training.samples import load_samples
-
-        loaded = load(recipe, overrides or [])
-        artifact = Store(loaded.store.uri).open("samples", loaded.name)
-        for sample in load_samples(artifact, objective)[:rows]:
-            typer.echo(describe_sample(sample))
-        counts = ", ".join(f"{name} {count}" for name, count in artifact.manifest.counts.items())
-        typer.echo(f"{artifact.ref}: {counts}")
-
-    return app
-
-
-def samples_of(recipe: TrainingRecipe) -> Artifact:
-    """The samples of a recipe, bringing the index up to date before them."""
-    from cluster.store import Store
-    from retrieval.index import build_index
-    from training.samples import build_samples, require_questions
-
-    require_questions(recipe)
-    store = Store(recipe.store.uri)
-    return build_samples(recipe, store, build_index(recipe, store))
-
-
-def describe_sample(sample: RaftSample) -> str:
-    """A row as a person reads it: question, passages with the golden one marked, target."""
-    lines = [f"--- {sample.sample_id}", f"question: {sample.question}"]
-    golden = sample.golden or (False,) * len(sample.passages)
-    for passage, is_golden in zip(sample.passages, golden, strict=True):
-        mark = "golden    " if is_golden else "distractor"
-        lines.append(f"{mark} {passage.title} | {passage.heading}: {' '.join(passage.text.split())}")
-    return "\n".join([*lines, f"target: {sample.target}", ""])
 
 
 def train_app(load: Load) -> typer.Typer:

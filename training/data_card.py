@@ -33,7 +33,8 @@ class Tally:
 
     def add(self, *key: str, n: int = 1) -> None:
         """Count `n` more."""
-        self.counts[key] += n
+        if n:
+            self.counts[key] += n
 
     def merge(self, other: Tally) -> None:
         """Add another block's counts."""

@@ -230,13 +230,19 @@ class SampleWriter:
         made: list[RaftSample | str] = []
         found = self.retriever.search([question.text for question in questions], depth)
         for question, hits in zip(questions, found, strict=True):
-            row = maker.raft(question, hits)
+            row = maker.raft(question, hits, counts)
             made.append(row)
             if trains and isinstance(row, RaftSample):
                 tally.add_passages(row, hits)
         if trains:
             tally.add_maker(counts)
         return made
+
+    def validation_rows(self, questions: Sequence[Question], objective: str) -> list[RaftSample | str]:
+        """Rows of the form that validates, or why there is none, without writing or counting them."""
+        if objective == DSF:
+            return self._closed_book(questions)
+        return self._with_passages(VALIDATION + objective, questions, Tally())
 
     def _closed_book(self, questions: Sequence[Question]) -> list[RaftSample | str]:
         return [self.closed_book_maker.dsf(question) for question in questions]

@@ -120,6 +120,7 @@ def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome
     examples = _choose_examples(_first_rows(attempt.uri, EXAMPLE_CANDIDATES))
     write_table(attempt.directory / "questions.parquet", [q.to_row() for q in kept], Question.schema())
     write_table(attempt.directory / "examples.parquet", [row.to_row() for row in examples], RaftSample.schema())
+    held = index.manifest.counts
     elsewhere = {"asks about a fact that no closed-book row teaches": len(prepared.questions) - len(kept)}
     card = make_card(
         written.tally,
@@ -129,7 +130,7 @@ def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome
             "training questions": chosen.drops,
             "test questions": {reason: count for reason, count in elsewhere.items() if count},
         },
-        coverage=written.coverage.summary(index.manifest.counts["documents"], index.manifest.counts["chunks"]),
+        coverage=written.coverage.summary(int(held["documents"]), int(held["chunks"])),
         held_out_documents=len(held_out),
         tokenizer=written.tokenizer,
     )
