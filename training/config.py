@@ -58,8 +58,10 @@ class SamplesConfig(Section):
     """P: share of rows that keep the golden passage."""
     distractors: int | tuple[int, int] = 2
     """Distractor passages per row beside the golden one: a number, or `[least, most]`, drawn per row."""
-    distractor_source: Literal["mined", "random", "mixed"] = "mined"
-    """`mined`: what the index finds for the question; `random`: any chunk; `mixed`: half and half."""
+    distractor_source: Literal["mined", "random", "mixed", "same_heading"] = "mined"
+    """`mined`: what the index finds for the question; `random`: any chunk; `mixed`: half and half; `same_heading`:
+    what other documents say under the golden passage's heading (mined where there is nothing), for collections whose
+    documents share a form."""
     mining_depth: int = Field(default=24, ge=1)
     """Hits searched per question to mine distractors from: enough that filtering leaves some."""
     near_duplicate: float = Field(default=0.9, gt=0, le=1)

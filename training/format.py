@@ -34,6 +34,7 @@ BEGIN_QUOTE = "##begin_quote##"
 END_QUOTE = "##end_quote##"
 ANSWER_MARK = "<ANSWER>:"
 _PROBE = "rayft?"
+_NOT_SPACE = re.compile(r"\S+")
 
 # Text that would let a document pose as markup, as a target or as another speaker: our own marks, and the control
 # tokens of the usual chat templates (ChatML and Llama 3 `<|…|>`, DeepSeek `<｜…｜>`, Gemma, Mistral, Llama 2).
@@ -57,6 +58,8 @@ _QUOTE = re.compile(
     + r")|\Z)",
     re.S | re.I,
 )
+# A quote inside a target: its text is the only group.
+MARKED_QUOTE = re.compile(f"{re.escape(BEGIN_QUOTE)}(.*?){re.escape(END_QUOTE)}", re.S | re.I)
 
 
 class Message(TypedDict):
@@ -192,23 +195,44 @@ def fold(text: str) -> tuple[str, list[int]]:
     """
     folded: list[str] = []
     origins: list[int] = []
-    start = 0
-    while start < len(text):
-        end = _cluster_end(text, start)
-        cluster = text[start:end]
-        for char in cluster if cluster.isascii() else unicodedata.normalize("NFKC", cluster):
-            if char.isspace():
-                if folded and folded[-1] != " ":
-                    folded.append(" ")
-                    origins.append(start)
-            else:
-                folded.append(char)
-                origins.append(start)
-        start = end
+    gap = 0  # where the white space before a word begins
+    for word in _NOT_SPACE.finditer(text):
+        start, end = word.span()
+        if folded and folded[-1] != " ":
+            folded.append(" ")
+            origins.append(gap)
+        gap, piece = end, word.group()
+        if piece.isascii():
+            folded.append(piece)
+            origins.extend(range(start, end))
+        else:
+            _fold_word(text, start, end, folded, origins)
     if folded and folded[-1] == " ":
         folded.pop()
         origins.pop()
     return "".join(folded), origins
+
+
+def _fold_word(text: str, start: int, end: int, folded: list[str], origins: list[int]) -> None:
+    """Appends the word `text[start:end]`, cluster by cluster; what NFKC turns into white space is white space."""
+    while start < end:
+        after = _cluster_end(text, start)
+        for char in unicodedata.normalize("NFKC", text[start:after]):
+            if not char.isspace():
+                folded.append(char)
+                origins.append(start)
+            elif folded and folded[-1] != " ":
+                folded.append(" ")
+                origins.append(start)
+        start = after
+
+
+def fold_text(text: str) -> str:
+    """What `fold` folds `text` to, without the origins: ten times as fast."""
+    words = text.split()
+    if not text.isascii():
+        words = [word if unicodedata.is_normalized("NFKC", word) else fold(word)[0] for word in words]
+    return " ".join(filter(None, words))
 
 
 def find_quote(quote: str, text: str) -> tuple[int, int] | None:
@@ -216,9 +240,11 @@ def find_quote(quote: str, text: str) -> tuple[int, int] | None:
 
     A match that begins or ends inside what one character folds to (`300 m` in `300 ㎡`) is none.
     """
-    needle, _ = fold(quote)
+    needle = fold_text(quote)
+    if not needle or needle not in fold_text(text):
+        return None
     haystack, origins = fold(text)
-    position = haystack.find(needle) if needle else -1
+    position = haystack.find(needle)
     while position >= 0:
         end = position + len(needle)
         if _cuts_between(haystack, origins, position) and _cuts_between(haystack, origins, end):
@@ -238,10 +264,21 @@ def escape(text: str) -> str:
     return _MARKUP.sub(lambda match: _ESCAPES[match.group()], text)
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """The inverse of `escape`, which also takes for an escape what a text may hold of itself (`&lt;`)."""
     for plain, escaped in _ESCAPES.items():
         text = text.replace(escaped, plain)
     return text
+
+
+def _as_written(text: str) -> str:
+    """Text without the escapes under which a target shows it; `&lt;` that no escape put there stays."""
+    plain = unescape(text)
+    return plain if escape(plain) == text else text
+
+
+def _marked(quote: str) -> str:
+    return f"{BEGIN_QUOTE}{escape(quote)}{END_QUOTE}"
 
 
 @dataclass(frozen=True)
@@ -286,11 +323,20 @@ class PromptFormat:
         return messages
 
     def target(self, answer: str, quotes: Sequence[str] = (), reasoning: str = "") -> str:
-        """What the model learns to write."""
-        parts = [reasoning] if reasoning and self.reasoning else []
+        """What the model learns to write. Quotes may also stand inside the reasoning, between their marks; all else is
+        escaped, so that neither the reasoning nor the answer can pose as a quote or as an answer."""
+        parts = [self._reasoning(reasoning)] if reasoning and self.reasoning else []
         if self.quotes:
-            parts += [f"{BEGIN_QUOTE}{escape(quote)}{END_QUOTE}" for quote in quotes]
-        return "\n".join([*parts, f"{ANSWER_MARK} {answer}"])
+            parts += [_marked(quote) for quote in quotes]
+        return "\n".join([*parts, f"{ANSWER_MARK} {escape(answer)}"])
+
+    def _reasoning(self, reasoning: str) -> str:
+        """Reasoning as a target shows it; without quotes, the words between the marks stay as words."""
+        pieces = MARKED_QUOTE.split(reasoning)
+        shown = [escape(piece) for piece in pieces]
+        if self.quotes:
+            shown[1::2] = map(_marked, pieces[1::2])
+        return "".join(shown)
 
     def parse(self, completion: str, passages: Sequence[Passage]) -> ParsedAnswer:
         """Takes a completion apart and checks every quote against the passages shown."""
@@ -302,12 +348,12 @@ class PromptFormat:
         answer = _QUOTE.sub(" ", last).replace(END_QUOTE, " ")
         if marked and not answer.strip():
             answer = _QUOTE.sub(r" \1 ", last)
-        answer = " ".join(answer.split())
+        answer = _as_written(" ".join(answer.split()))
         reasoning = _REASON.sub(" ", _QUOTE.sub(" ", " ".join(before)))
         found = (quote.strip() for quote in _QUOTE.findall(completion))
         citations = tuple(self._cite(quote, passages) for quote in found if quote)
         return ParsedAnswer(
-            reasoning=" ".join(reasoning.split()),
+            reasoning=_as_written(" ".join(reasoning.split())),
             answer=answer,
             quotes=tuple(citation.quote for citation in citations),
             citations=citations,
@@ -320,7 +366,7 @@ class PromptFormat:
 
     def _cite(self, quote: str, passages: Sequence[Passage]) -> Citation:
         # The prompt shows passages escaped; a document may also hold `&lt;` of its own.
-        for candidate in dict.fromkeys((quote, _unescape(quote))):
+        for candidate in dict.fromkeys((quote, unescape(quote))):
             for number, passage in enumerate(passages, start=1):
                 span = find_quote(candidate, passage.text)
                 if span:
@@ -328,4 +374,4 @@ class PromptFormat:
                     return Citation(
                         candidate, number, passage.doc_id, passage.title, passage.uri, start, end, verified=True
                     )
-        return Citation(_unescape(quote), 0, "", "", "", 0, 0, verified=False)
+        return Citation(unescape(quote), 0, "", "", "", 0, 0, verified=False)

@@ -14,19 +14,16 @@ Not covered: splitting into training and test (training/splits.py), the search, 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.records import Record
 from retrieval.chunking import embedding_text
-from retrieval.records import Chunk, Golden, Hit, Passage, Question
+from retrieval.records import Chunk, Hit, Passage, Question
 from training.config import RetrieverTraining
-from training.format import fold
-from training.raft_rows import mentions
-
-_WORD = re.compile(r"\w+")
+from training.format import fold_text
+from training.passage_match import golden_chunk, golden_chunks, mentions, nearly_same, same_text, touches
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,13 @@ class RowMiner:
             question: With golden places.
             hits: What the index finds for it, best first, by cosine similarity where the margin is to apply.
         """
-        golden = golden_chunk(question, hits, self.chunks_of)
+        places = golden_chunks(question, self.chunks_of)
+        golden = golden_chunk(question, hits, places)
         if golden is None:
             return "golden passage not in the index"
         false = [hit.passage for hit in hits if is_false_negative(question, golden, hit.passage, self.config)]
         shunned = {passage.chunk_id for passage in false}
-        shunned |= {chunk.chunk_id for chunk in _golden_chunks(question, self.chunks_of)}
+        shunned |= {chunk.chunk_id for chunk in places}
         allowed = [
             hit.passage
             for hit in self._within_margin(golden, hits)
@@ -127,7 +125,7 @@ class RowMiner:
         for _ in range(50 * wanted if documents else 0):
             chunks = self.chunks_of[documents[rng.randrange(len(documents))]]
             passage = Passage.of(chunks[rng.randrange(len(chunks))])
-            fresh = all(fold(passage.text)[0] != fold(other.text)[0] for other in (*mined, *drawn))
+            fresh = not any(same_text(passage.text, other.text) for other in (*mined, *drawn))
             if fresh and not is_false_negative(question, golden, passage, self.config):
                 drawn.append(passage)
             if len(drawn) == wanted:
@@ -135,56 +133,18 @@ class RowMiner:
         return drawn
 
 
-def golden_chunk(question: Question, hits: Sequence[Hit], chunks_of: Mapping[str, Sequence[Chunk]]) -> Chunk | None:
-    """The chunk of the golden places that holds an accepted answer; among several, the best ranked, then the first."""
-    ranks = {hit.passage.chunk_id: hit.rank for hit in hits}
-    return min(
-        _golden_chunks(question, chunks_of),
-        key=lambda chunk: (
-            not any(mentions(answer, chunk.text) for answer in question.answers),
-            ranks.get(chunk.chunk_id, len(hits) + 1),
-            chunk.doc_id,
-            chunk.start,
-        ),
-        default=None,
-    )
-
-
-def _golden_chunks(question: Question, chunks_of: Mapping[str, Sequence[Chunk]]) -> Iterator[Chunk]:
-    for golden in question.golden:
-        yield from (chunk for chunk in chunks_of.get(golden.doc_id, ()) if golden.matches(chunk))
-
-
 def is_false_negative(question: Question, golden: Chunk, passage: Passage, config: RetrieverTraining) -> bool:
     """Whether a passage may answer the question, for all that is known: see the module's text."""
     return (
-        any(_touches(place, passage) for place in question.golden)
+        any(touches(place, passage) for place in question.golden)
         or any(mentions(answer, passage.text) for answer in question.answers)
-        or similarity(golden.text, passage.text) >= config.near_duplicate
+        or nearly_same(golden.text, passage.text, config.near_duplicate)
     )
-
-
-def _touches(place: Golden, passage: Passage) -> bool:
-    if passage.doc_id != place.doc_id or place.start is None or place.end is None:
-        return passage.doc_id == place.doc_id
-    return passage.start < place.end and place.start < passage.end
-
-
-def similarity(left: str, right: str) -> float:
-    """Shared words of two texts over all their words, as multisets (Jaccard's index): 1 for the same words."""
-    first, second = _words(left), _words(right)
-    every = (first | second).total()
-    return (first & second).total() / every if every else 1.0
-
-
-def _words(text: str) -> Counter[str]:
-    folded = fold(text)[0].casefold()
-    return Counter(_WORD.findall(folded)) or Counter(folded.split())
 
 
 def _distinct(passages: Sequence[Passage]) -> list[Passage]:
     """The passages without those whose text an earlier one has."""
-    return list({fold(passage.text)[0]: passage for passage in reversed(passages)}.values())[::-1]
+    return list({fold_text(passage.text): passage for passage in reversed(passages)}.values())[::-1]
 
 
 def plan_batches(rows: Sequence[TrainingRow], batch_rows: int, epochs: int, seed: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from retrieval.records import Chunk, Golden, Question
 from training.duplicates import content_words
 from training.format import find_quote, fold
-from training.raft_rows import mentions
+from training.passage_match import mentions
 from training.teacher_config import QuestionKind, TeacherConfig
 from training.teacher_prompt import QuestionTexts
 

@@ -9,7 +9,8 @@ from retrieval.records import Golden, Question
 from tests.training.tiny import chunk, hits_of, prompt_format
 from training.config import SamplesConfig
 from training.format import find_quote
-from training.raft_rows import RowMaker, mentions
+from training.passage_match import mentions
+from training.raft_rows import RowMaker
 from training.records import RaftSample
 
 
@@ -187,8 +188,11 @@ def test_raft_answer_that_stands_nowhere_takes_the_best_ranked_golden_chunk():
 
 def test_raft_missing_or_held_out_golden_gives_a_reason():
     made = maker({"a": ["It is blue."], "b": ["It is red."]}, frozenset({"b"}))
-    for place in (Golden("nowhere"), Golden("a", 5000, 5010), Golden("b")):
-        assert made.raft(ask("blue", place), []) == "golden passage not in the index, or held out"
+    for place in (Golden("nowhere"), Golden("a", 5000, 5010)):
+        assert made.raft(ask("blue", place), []) == "golden passage not in the index"
+    assert made.raft(ask("red", Golden("b")), []) == "golden passage held out"
+    assert made.raft(ask("blue"), []) == "no golden place"
+    assert isinstance(made.dsf(ask("blue")), RaftSample)
     assert made.raft(Question("q", "q?", (), (Golden("a"),)), []) == "no answer"
     assert made.raft(ask("x" * 121, Golden("a")), []) == "answer too long"
 

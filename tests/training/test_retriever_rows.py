@@ -9,8 +9,8 @@ from retrieval.chunking import embedding_text
 from retrieval.records import Chunk, Golden, Hit, Passage, Question
 from tests.training.tiny import chunk, hits_of
 from training.config import RetrieverTraining
-from training.raft_rows import mentions
-from training.retriever_rows import RowMiner, TrainingRow, by_document, plan_batches, similarity, split_validation
+from training.passage_match import mentions, similarity
+from training.retriever_rows import RowMiner, TrainingRow, by_document, plan_batches, split_validation
 
 GOLDEN_TEXT = (
     "the total area of the country is 83 square kilometres of land and water, with " + "islands lakes and rivers " * 3
