@@ -19,7 +19,7 @@ from recipes.factbook import (
 from retrieval.config import CorpusConfig
 from retrieval.documents import read_documents
 from retrieval.questions import read_questions
-from training.raft_rows import mentions
+from training.passage_match import mentions
 from training.splits import held_out_documents
 
 

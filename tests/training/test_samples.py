@@ -13,7 +13,7 @@ from retrieval.questions import read_questions, write_questions
 from retrieval.records import Question
 from tests.retrieval.tiny import COUNTRIES, tiny_encoder
 from tests.training.tiny import TEST_COUNTRIES, training_recipe
-from training.raft_rows import mentions
+from training.passage_match import mentions
 from training.records import RaftSample
 from training.samples import _build, build_samples, load_examples, load_questions, load_samples, samples_plan
 
