@@ -3,7 +3,7 @@
 In: the files of a corpus. Out: `CorpusBlock`s (file names, or a range of one row file) of about equal bytes, in reading
 order. The cut depends on the corpus alone, never on the number of workers. Memory: names, and one buffer of a file.
 Borders: .jsonl at line breaks, .csv at record borders (quoted line breaks are not borders), .parquet at row groups; a
-row group is never divided. Not covered: reading the blocks (`readers.py`).
+row group is never divided, and neither is a SQuAD .json. Not covered: reading the blocks (`readers.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.records import Record
 from retrieval.csv_records import csv_records, read_header
-from retrieval.sources import CorpusFile, is_row_format, join_path, open_filesystem, suffix
+from retrieval.sources import SQUAD_SUFFIX, CorpusFile, is_row_format, join_path, open_filesystem, suffix
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -103,7 +103,7 @@ def cut_blocks(
     filled = 0
     filesystem, inner = open_filesystem(root)
     for file in files:
-        cut = is_row_format(file.name) and file.size > target
+        cut = is_row_format(file.name) and suffix(file.name) != SQUAD_SUFFIX and file.size > target
         if group and (cut or filled + file.size > target):
             add(tuple(group), RowRange(0, -1, 0, filled))
             group, filled = [], 0

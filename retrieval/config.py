@@ -43,7 +43,7 @@ class CorpusConfig(Section):
     strict: bool = False
     """Stop at the first document that cannot be read, instead of listing it in `rejected.parquet`."""
     max_file_mb: float = Field(default=200, gt=0)
-    """A .txt, .md, .html, .pdf, .docx or .pptx file above this many megabytes is rejected."""
+    """A .txt, .md, .html, .pdf, .docx, .pptx or .json file above this many megabytes is rejected."""
     convert_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which the conversion of one .html, .pdf, .docx or .pptx file is given up and the file rejected."""
 
@@ -176,3 +176,7 @@ class RetrievalRecipe(BaseRecipe):
     chunking: ChunkingConfig = ChunkingConfig()
     index: IndexConfig = IndexConfig()
     search: SearchConfig = SearchConfig()
+
+    def corpora(self) -> tuple[CorpusConfig, ...]:
+        """The documents' places: those of the collections, or the one of `corpus`."""
+        return tuple(one.corpus for one in self.collections.values()) or (self.corpus,)

@@ -26,6 +26,7 @@ from retrieval.readers import read_file
 from retrieval.records import Document
 from retrieval.sources import (
     CONVERTED_SUFFIXES,
+    SQUAD_SUFFIX,
     TEXT_SUFFIXES,
     CorpusFile,
     is_row_format,
@@ -148,7 +149,7 @@ def corpus_digest(config: CorpusConfig, key: str = "corpus.path") -> str:
     largest = int(config.max_file_mb * MEGABYTE)
 
     def digest_file(file: CorpusFile) -> list[str]:
-        if file.size > largest and not is_row_format(file.name):
+        if file.size > largest and (not is_row_format(file.name) or suffix(file.name) == SQUAD_SUFFIX):
             return [file.name, f"more than {largest} bytes"]
         return [file.name, _digest(filesystem, join_path(root, file.name))]
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import UserError
+from retrieval.config import QuestionColumns
 from retrieval.evaluate import MODES, EvaluatedMode, evaluate_retrieval, tell
 
 if TYPE_CHECKING:
-    from retrieval.config import RetrievalRecipe
+    from retrieval.config import CorpusConfig, RetrievalRecipe
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
 SetOption = Annotated[
@@ -30,7 +31,7 @@ def register_evaluate(app: typer.Typer, load: Callable[[str, list[str]], Retriev
     def evaluate(
         recipe: RecipeArgument,
         questions: Annotated[
-            str, typer.Option(help="questions.jsonl, or a BEIR folder (queries.jsonl, qrels/); else the recipe's.")
+            str, typer.Option(help=".jsonl, .csv, .parquet, SQuAD .json, or a BEIR folder; else the recipe's.")
         ] = "",
         split: Annotated[
             str, typer.Option(help="Splits, such as test_new_documents; for BEIR the name of the qrels file (test).")
@@ -51,15 +52,21 @@ def register_evaluate(app: typer.Typer, load: Callable[[str, list[str]], Retriev
         store = Store(loaded.store.uri)
         index = store.open("index", loaded.name)
         if questions:
-            judged = read_judged(questions, splits, "--questions")
+            judged = read_judged(questions, splits, "--questions", *_reading(loaded))
         else:
-            judged = read_judged(_questions_path(loaded), splits, "questions.path")
+            judged = read_judged(_questions_path(loaded), splits, "questions.path", *_reading(loaded))
         tell(evaluate_retrieval(loaded, store, index, judged, named, ks))
 
 
 def _questions_path(recipe: RetrievalRecipe) -> str:
     """`questions.path` of a whole recipe: the training room owns that section, a retrieval recipe has none."""
     return str(getattr(getattr(recipe, "questions", None), "path", ""))
+
+
+def _reading(recipe: RetrievalRecipe) -> tuple[QuestionColumns, tuple[CorpusConfig, ...]]:
+    """The columns of a whole recipe's questions, and where SQuAD's paragraphs are looked for."""
+    columns = getattr(getattr(recipe, "questions", None), "columns", None)
+    return columns or QuestionColumns(), recipe.corpora()
 
 
 def parse_modes(text: str) -> tuple[EvaluatedMode, ...]:

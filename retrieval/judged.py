@@ -1,6 +1,6 @@
 """Questions that a search can be scored on.
 
-In: our `questions.jsonl` (golden documents or spans), or a folder with BEIR's `queries.jsonl` and `qrels/`. Out: those
+In: a file of questions (golden documents or spans), or a folder with BEIR's `queries.jsonl` and `qrels/`. Out: those
 of the wanted splits that name a golden place, the count of those that do not, and grades where judgements are graded.
 Not covered: the file formats (`questions.py`), splitting questions (training).
 """
@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from cluster.errors import UserError
 from cluster.manifest import fingerprint
-from retrieval.questions import read_beir_questions, read_questions
+from retrieval.config import CorpusConfig, QuestionColumns
+from retrieval.questions import QUESTION_COLUMNS, is_beir, read_beir_questions, read_questions
 from retrieval.records import Question
 
 TRAINED_ON = ("train", "valid")
-BEIR_QUERIES = "queries.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +71,28 @@ def _has_golden(question: Question, grades: Mapping[str, Mapping[str, int]] | No
     return any(graded.get(place.doc_id, 1) > 0 for place in question.golden)
 
 
-def read_judged(path: str, splits: Sequence[str], key: str) -> Judged:
-    """The questions of a `questions.jsonl`, or of a BEIR folder (or its `queries.jsonl`) with qrels.
+def read_judged(
+    path: str,
+    splits: Sequence[str],
+    key: str,
+    columns: QuestionColumns = QUESTION_COLUMNS,
+    corpora: Sequence[CorpusConfig] = (),
+) -> Judged:
+    """The questions of a file, or of a BEIR folder (or its `queries.jsonl`) with qrels.
 
     Args:
-        path: The file or folder.
-        splits: Of a `questions.jsonl`; for BEIR the name of one qrels file, `test` unless given.
+        path: The file or folder; see `read_questions` for its formats.
+        splits: Of a file; for BEIR the name of one qrels file, `test` unless given.
         key: What `path` came from, to name in errors.
+        columns: Of row formats.
+        corpora: Where SQuAD's paragraphs are looked for.
 
     Raises:
         UserError: naming `key` or `--split`.
     """
-    given = Path(path).expanduser()
-    if not path or not (given.is_dir() or (given.name == BEIR_QUERIES and (given.parent / "qrels").is_dir())):
-        return choose_questions(read_questions(path, key), splits, key=key)
+    if not path or not is_beir(path):
+        return choose_questions(read_questions(path, key, columns, corpora), splits, key=key)
     if len(splits) > 1:
         raise UserError(f"--split: {key} is a BEIR data set: name one qrels file, got {', '.join(splits)}")
-    questions, qrels = read_beir_questions(given, splits[0] if splits else "test", key)
+    questions, qrels = read_beir_questions(path, splits[0] if splits else "test", key, columns)
     return choose_questions(questions, grades=qrels, key=key)

@@ -1,4 +1,4 @@
-"""Reading the files of a block: text, Markdown, converted formats, and rows.
+"""Reading the files of a block: text, Markdown, converted formats, rows, and the paragraphs of SQuAD files.
 
 In: a `CorpusBlock`. Out: a `Document` or a `Rejection` per document, in order. Nothing raises for bad content: a
 malformed, empty, binary, wrongly encoded, too large or unconvertible file is a `Rejection` with a one-line reason.
@@ -21,6 +21,7 @@ from retrieval.rows import read_csv, read_lines, read_parquet
 from retrieval.sections import first_heading
 from retrieval.sources import (
     MARKDOWN_SUFFIXES,
+    SQUAD_SUFFIX,
     TEXT_SUFFIXES,
     is_row_format,
     join_path,
@@ -28,6 +29,7 @@ from retrieval.sources import (
     open_filesystem,
     suffix,
 )
+from retrieval.squad import read_squad
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -47,7 +49,7 @@ def read_file(block: CorpusBlock, name: str) -> Iterator[Document | Rejection]:
 
 
 def _rows(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusBlock) -> Iterator[Document | Rejection]:
-    readers = {".jsonl": read_lines, ".csv": read_csv, ".parquet": read_parquet}
+    readers = {".jsonl": read_lines, ".csv": read_csv, ".parquet": read_parquet, SQUAD_SUFFIX: read_squad}
     some = False
     for item in readers[suffix(name)](filesystem, path, name, block):
         some = True

@@ -47,7 +47,7 @@ def read_lines(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusB
             size = len(line)
             if size > block.max_file_bytes:
                 size += _skip_line(file) if not line.endswith(b"\n") else 0
-                yield Rejection(name, f"line {number}", _too_large(block), size)
+                yield Rejection(name, f"line {number}", too_large(block), size)
             elif line.strip(_BLANK):
                 try:
                     yield _document(json_row(line), block.columns, f"{name}#{number}", encoding)
@@ -56,7 +56,8 @@ def read_lines(filesystem: pafs.FileSystem, path: str, name: str, block: CorpusB
             position += size
 
 
-def _too_large(block: CorpusBlock) -> str:
+def too_large(block: CorpusBlock) -> str:
+    """Why a line or file is rejected."""
     return f"has more than {block.max_file_bytes / 1e6:g} MB (corpus.max_file_mb)"
 
 

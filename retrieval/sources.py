@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 MARKDOWN_SUFFIXES = (".md", ".markdown")
 TEXT_SUFFIXES = (".txt", *MARKDOWN_SUFFIXES)
 CONVERTED_SUFFIXES = (".html", ".htm", ".pdf", ".docx", ".pptx")
-ROW_SUFFIXES = (".jsonl", ".csv", ".parquet")
+SQUAD_SUFFIX = ".json"
+"""Read only where a path names such a file itself: a folder of documents may hold any JSON."""
+ROW_SUFFIXES = (".jsonl", ".csv", ".parquet", SQUAD_SUFFIX)
 FORMATS = ".txt .md .html .pdf .docx .pptx .jsonl .csv .parquet"
 BEIR_CORPUS = "corpus.jsonl"
 
@@ -135,7 +137,9 @@ def _choose(path: str, base: str, pattern: str, found: list[CorpusFile], key: st
         shown = [file for file in shown if matches.fullmatch(file.name)]
     if not pattern and any(file.name == BEIR_CORPUS for file in shown):
         shown = [file for file in shown if file.name == BEIR_CORPUS]
-    known = (*TEXT_SUFFIXES, *CONVERTED_SUFFIXES, *ROW_SUFFIXES)
+    known = {*TEXT_SUFFIXES, *CONVERTED_SUFFIXES, *ROW_SUFFIXES}
+    if suffix(pattern) != SQUAD_SUFFIX:
+        known.remove(SQUAD_SUFFIX)
     files = sorted((file for file in shown if suffix(file.name) in known), key=lambda file: file.name)
     if not files:
         others = f"; it holds {_suffixes(shown)}" if shown else ""

@@ -48,8 +48,9 @@ def prepare_questions(recipe: TrainingRecipe) -> Prepared:
         UserError: naming the recipe key, for files that cannot be read, or questions that cannot be split.
     """
     config = recipe.questions
-    asked = read_questions(config.path)
-    tests = read_questions(config.test_path, "questions.test_path") if config.test_path else None
+    how = (config.columns, recipe.corpora())
+    asked = read_questions(config.path, "questions.path", *how)
+    tests = read_questions(config.test_path, "questions.test_path", *how) if config.test_path else None
     _refuse_bad_splits(asked, tests)
     named = {question.question_id for question in asked if question.split not in ("", TRAIN)}
     named |= {question.question_id for question in tests or ()}
