@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from retrieval.records import Document
 
 _LOAD = re.compile(r"\bhub\s*\.\s*load\s*\(")
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
 _REPOSITORY_NAMES = ("repo_or_dir", "github", "repo")  # `github` was its name before PyTorch 1.5
 
 
@@ -77,7 +78,7 @@ def find_call(text: str) -> ApiCall | None:
 
 def _inside_parentheses(text: str, start: int) -> str | None:
     """What stands before the parenthesis that closes the one before `start`; None where none does."""
-    depth, quote, place = 1, "", start
+    wanted, quote, place = [")"], "", start
     while place < len(text):
         char = text[place]
         if quote:
@@ -87,11 +88,12 @@ def _inside_parentheses(text: str, start: int) -> str | None:
                 quote = ""
         elif char in "'\"":
             quote = char
-        elif char in "([{":
-            depth += 1
+        elif char in _CLOSING:
+            wanted.append(_CLOSING[char])
         elif char in ")]}":
-            depth -= 1
-            if depth == 0:
+            if char != wanted.pop():
+                return None
+            if not wanted:
                 return text[start:place]
         place += 1
     return None

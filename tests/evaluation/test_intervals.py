@@ -99,9 +99,7 @@ def by_hand_f1(golden, predicted, labels):
 @given(st.lists(st.tuples(st.sampled_from("ynm"), st.sampled_from("ynm?")), min_size=1, max_size=30))
 def test_macro_f1_agrees_with_precision_and_recall_label_by_label(pairs):
     labels = "mny"
-    table = [
-        [*(g == p == x for x in labels), *(p == x for x in labels), *(g == x for x in labels)] for g, p in pairs
-    ]
+    table = [[*(g == p == x for x in labels), *(p == x for x in labels), *(g == x for x in labels)] for g, p in pairs]
     estimate = statistic(table, macro_f1, resamples=100, seed=1)
     golden, predicted = ([pair[side] for pair in pairs] for side in (0, 1))
     assert estimate is not None and estimate.n == len(pairs)
