@@ -188,8 +188,9 @@ def build_index_and_answer(recipe: Recipe, store: Store) -> Artifact:
     require_chunks(index, recipe.generation.passages, "generation.passages")
     if store.current("release", recipe.name) and open_release(store, recipe.name).index == index.ref:
         return index
-    questions = read_questions(recipe.questions.path)
-    asked = pick_questions([q for q in questions if q.split == NEW_DOCUMENTS] or questions, 1, recipe.seed)
+    questions = read_questions(recipe.questions.path, "questions.path", recipe.questions.columns)
+    answerable = [question for question in questions if not question.unanswerable] or questions
+    asked = pick_questions([q for q in answerable if q.split == NEW_DOCUMENTS] or answerable, 1, recipe.seed)
     say("demo: a first answer, by retrieval alone (RAG), before any training:")
     answer, hits = answer_with_rag(recipe, index, asked[0].text)
     say(describe_answer(asked[0].text, answer, hits))
@@ -201,6 +202,13 @@ def pick_questions(questions: list[Question], count: int, seed: int) -> list[Que
     from evaluation.selection import select_questions
 
     return select_questions(questions, count, seed)
+
+
+def describe_expected(question: Question) -> str:
+    """The answer that the questions file gives."""
+    if question.unanswerable:
+        return "no answer in the documents"
+    return question.answers[0] if question.answers else "the questions file gives no answer"
 
 
 def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Answer, list[Hit]]:
@@ -298,14 +306,15 @@ def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool
     from serving.client import ask_over_http, curl_line, describe_reply
     from serving.service import running_service
     from training.samples import load_questions
-    from training.splits import NEW_DOCUMENTS
+    from training.splits import NEW_DOCUMENTS, NEW_QUESTIONS
 
     release = open_release(store, recipe.name)
-    held_out = load_questions(samples, NEW_DOCUMENTS) or load_questions(samples)
+    held_out = load_questions(samples, NEW_DOCUMENTS) or load_questions(samples, NEW_QUESTIONS)
+    held_out = held_out or load_questions(samples)
     with running_service(recipe, store, release) as base_url:
         for question in pick_questions(held_out, 3, recipe.seed):
             say(describe_reply(question.text, ask_over_http(base_url, question.text)))
-            say(f"   expected: {question.answers[0]}")
+            say(f"   expected: {describe_expected(question)}")
         if keep:
             stay_up(base_url, str(release.ref))
         else:
