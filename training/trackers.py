@@ -102,9 +102,9 @@ def open_tracker(
     directory.mkdir(parents=True, exist_ok=True)
     settings = _flat(recipe.model_dump(mode="json", include=set(_SECTIONS)) | {"seed": recipe.seed})
     if kind == "tensorboard":
-        return _Guarded(kind, lambda: _TensorBoard(directory, settings, first_step), warn)
+        return _Guarded(lambda: _TensorBoard(directory, settings, first_step), _once(kind, warn))
     opened = _Mlflow if kind == "mlflow" else _Wandb
-    return _Background(kind, lambda: opened(directory, run_name, settings), warn)
+    return _Background(kind, lambda: opened(directory, run_name, settings), _once(kind, warn))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,11 +133,9 @@ class _NoTracker:
 class _Guarded:
     """Opens, writes and finishes in the caller's thread; the first failure is the last call."""
 
-    def __init__(self, kind: str, opened: Callable[[], _Writer], warn: Warn) -> None:
-        self._kind = kind
-        self._warn = warn
+    def __init__(self, opened: Callable[[], _Writer], give_up: Warn) -> None:
+        self._give_up = give_up
         self._writer: _Writer | None = None
-        self._given_up = False
         self._try(lambda: setattr(self, "_writer", opened()))
 
     def log(self, step: int, figures: Figures) -> None:
@@ -153,28 +151,21 @@ class _Guarded:
             self._try(self._writer.finish)
             self._writer = None
 
-    def give_up(self, reason: str) -> None:
-        """Say once that there will be no more figures."""
-        self._writer = None
-        if not self._given_up:
-            self._given_up = True
-            self._warn(f"train.tracker: {self._kind} is given up, training goes on without it: {reason}")
-
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tracker raises must not end a training
+            self._writer = None
             first = (str(error).strip().splitlines() or [""])[0]
-            self.give_up(f"{type(error).__name__}: {first[:200]}")
+            self._give_up(f"{type(error).__name__}: {first[:200]}")
 
 
 class _Background:
     """A `_Guarded` writer in a thread: MLflow retries a server that is away for minutes, and no step waits for that."""
 
-    def __init__(self, kind: str, opened: Callable[[], _Writer], warn: Warn) -> None:
-        self._waiting: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
-        self._guard: _Guarded | None = None
-        self._kind, self._warn = kind, warn
+    def __init__(self, kind: str, opened: Callable[[], _Writer], give_up: Warn) -> None:
+        self._give_up = give_up
+        self._waiting: queue.SimpleQueue[tuple[int, Figures] | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, args=(opened,), name=f"{kind}-tracker", daemon=True)
         self._thread.start()
@@ -191,18 +182,24 @@ class _Background:
         self._waiting.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            reason = f"it did not answer within {CLOSE_S:g} s at the end"
-            if self._guard is not None:
-                self._guard.give_up(reason)
-            else:
-                self._warn(f"train.tracker: {self._kind} is given up: {reason}")
+            self._give_up(f"it did not answer within {CLOSE_S:g} s at the end")
 
     def _run(self, opened: Callable[[], _Writer]) -> None:
-        guard = _Guarded(self._kind, opened, self._warn)
-        self._guard = guard
+        writer = _Guarded(opened, self._give_up)
         while (figures := self._waiting.get()) is not None:
-            guard.log(*figures)
-        guard.close()
+            writer.log(*figures)
+        writer.close()
+
+
+def _once(kind: str, warn: Warn) -> Warn:
+    """Takes the reason for giving up; only the first is said."""
+    said = threading.Lock()
+
+    def give_up(reason: str) -> None:
+        if said.acquire(blocking=False):
+            warn(f"train.tracker: {kind} is given up, training goes on without it: {reason}")
+
+    return give_up
 
 
 class _TensorBoard:
