@@ -32,6 +32,7 @@ from cluster.progress import describe_seconds
 from cluster.store import Store
 from evaluation.intervals import Estimate
 from evaluation.metrics import METRICS
+from evaluation.table import describe_commonest
 from evaluation.tasks import SHOWN
 
 NOT_MEASURED = "not measured"
@@ -134,7 +135,9 @@ def _heading(column: str, cells: Sequence[Cell]) -> str:
     seeds = ", ".join(str(each.seed) for each in measured)
     n = "+".join(str(each.report["questions"][each.report["headline_split"]]) for each in measured if each.report)
     split = SPLIT_WORDS[cell.report["headline_split"]]
-    return f"{column}: {METRICS[cell.main].label}<br>{split}<br>n={n}, seed{'s' * (len(measured) > 1)} {seeds}"
+    most = describe_commonest(cell.report, cell.report["headline_split"]).strip().lower()
+    lines = [f"{column}: {METRICS[cell.main].label}", split, f"n={n}, seed{'s' * (len(measured) > 1)} {seeds}", most]
+    return "<br>".join(line for line in lines if line)
 
 
 def _seeds(cells: Sequence[Cell], strategy: str) -> str:

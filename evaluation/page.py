@@ -6,6 +6,7 @@ everything that came from a document, a question or a model is escaped. Not cove
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ def render_page(report: Mapping[str, Any], main: str, examples: Sequence[Example
         "seconds": describe_seconds,
         "alarm": table.describe_alarm,
         "difference": describe_difference,
+        "commonest": functools.partial(table.describe_commonest, report),
         "signed": signed,
     }
     plots = {

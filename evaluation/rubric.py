@@ -5,6 +5,7 @@ In: a recipe and the parts of a release. Out: a `Rubric`. Not covered: the metri
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +50,18 @@ def rubric_of(recipe: EvaluationRecipe, parts: Parts, questions: Iterable[Questi
 def labels_of(questions: Iterable[Question]) -> tuple[str, ...]:
     """The distinct accepted answers, in lower case."""
     return tuple(sorted({answer.strip().lower() for question in questions for answer in question.answers} - {""}))
+
+
+def commonest_share(questions: Sequence[Question], rubric: Rubric) -> float | None:
+    """Share of questions that a strategy gets right which always gives the commonest label, or a call of the commonest
+    domain: what a score of these tasks is to be held against. None for other tasks."""
+    golden: list[str] = []
+    if rubric.task == "labels":
+        golden = [question.answers[0].strip().lower() for question in questions if question.answers]
+    elif rubric.task == "api_calls":
+        places = [place.doc_id for question in questions for place in question.golden[:1]]
+        golden = [rubric.apis.cards[doc_id][0] for doc_id in places if doc_id in rubric.apis.cards]
+    return max(Counter(golden).values()) / len(golden) if golden else None
 
 
 def _catalogue(recipe: EvaluationRecipe, parts: Parts) -> ApiCatalogue:

@@ -19,7 +19,7 @@ from evaluation.intervals import Estimate, difference
 from evaluation.metrics import METRICS, measure, metrics_of, scores
 from evaluation.parts import Parts
 from evaluation.records import Prediction
-from evaluation.rubric import Rubric
+from evaluation.rubric import Rubric, commonest_share
 from evaluation.selection import kind_of
 from evaluation.tasks import SHOWN
 from retrieval.records import Question
@@ -67,6 +67,10 @@ def summarise(
         "seed": recipe.seed,
         "headline_split": headline,
         "questions": {split: sum(question.split == split for question in questions) for split in splits},
+        "commonest": {
+            split: commonest_share([question for question in questions if question.split == split], rubric)
+            for split in splits
+        },
         "strategies": _to_json(headline_metrics),
         "splits": {split: _to_json(metrics) for split, metrics in measured.items()},
         "dimensions": {

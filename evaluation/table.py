@@ -80,7 +80,14 @@ def _quality_table(report: Mapping[str, Any], split: str) -> str:
     headers = ["strategy", *(METRICS[name].label for name in columns)]
     rows = [[name, *(compact(metrics[name].get(column)) for column in columns)] for name in metrics]
     title = f"Quality on {SPLIT_TITLES[split]} (n={report['questions'][split]})"
-    return render_table(title, headers, rows, f"Brackets: 95% interval. k={report['settings']['passages']}.")
+    caption = f"Brackets: 95% interval. k={report['settings']['passages']}.{describe_commonest(report, split)}"
+    return render_table(title, headers, rows, caption)
+
+
+def describe_commonest(report: Mapping[str, Any], split: str) -> str:
+    """` Always the commonest label: 0.55.`, or nothing where the task has none."""
+    share, what = report["commonest"][split], {"labels": "label", "api_calls": "domain"}.get(report["task"])
+    return f" Always the commonest {what}: {share:.2f}." if what and share is not None else ""
 
 
 def compact(estimate: Mapping[str, float] | None) -> str:
