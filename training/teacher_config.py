@@ -31,8 +31,8 @@ class TeacherConfig(Section):
     directory: str = ".rayft/teacher"
     """Where replies are kept (`<directory>/<recipe name>/`): local disk, never an object store."""
     kinds: tuple[QuestionKind, ...] = ("fact", "comparison", "reasoning")
-    """Kinds of question, asked in turn. `unanswerable` questions, which the chunk does not answer, have no golden place:
-    RAFT rows teach an abstention to them, and tests expect one."""
+    """Kinds of question, asked in turn. `unanswerable` questions, which no chunk answers, have no golden place: RAFT
+    rows teach to abstain from them, and tests expect that."""
     questions_per_chunk: int = Field(default=3, ge=1, le=50)
     """Questions asked of each chunk."""
     examples: int = Field(default=1, ge=0)
