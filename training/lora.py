@@ -1,48 +1,66 @@
 """The fine-tuning stage: Ray Train workers train a LoRA adapter under DeepSpeed and publish a PEFT directory.
 
-In: a samples artifact, the base model, the recipe's `lora` and `train` sections, an objective (`raft`, or `dsf` for
-the closed-book adapter). Out: an `adapter` artifact that plain PEFT loads: `adapter_model.safetensors`,
-`adapter_config.json`, and `loss.json` with the loss of every step.
-Not covered: resuming in the middle of a run, validation during training, batches (training/batching.py) and the work
-of one worker (training/worker.py).
+In: a samples artifact, the base model, the recipe's `lora` and `train` sections, an objective (`raft`, into which
+`train.mixture` may mix closed-book rows, or `dsf` for the closed-book adapter). Out: an `adapter` artifact that plain
+PEFT loads: `adapter_model.safetensors`, `adapter_config.json`, `history.jsonl` and `curve.png` with the run's figures,
+`tensorboard/`. An adapter that is significantly worse than the one that the promoted release serves is not published
+(`NotBetterError`), unless forced; what was trained stays in the work place, so that forcing trains nothing again.
+Not covered: batches (training/batching.py), the work of one worker (training/worker.py), what is measured at its end
+(training/final_checks.py), what is compared (training/replacement.py).
 """
 
 from __future__ import annotations
 
 import functools
-import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import UserError
+from cluster.errors import NotBetterError, UserError
 from cluster.model_source import model_digest
+from cluster.progress import complain, say
 from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, digest_path, run_stage
+from training.adapter_report import describe_run, general_warning, measured_figures
 from training.base_model import base_model_directory
 from training.config import TrainingRecipe
+from training.curve import draw_curve
 from training.format import FORMAT_VERSION, PromptFormat, prompt_path
 from training.ray_train import fit
-from training.worker import Objective, WorkerConfig, WorkerReport, run_worker
+from training.records import Objective
+from training.replacement import Comparison, compare, find_served
+from training.samples import load_validation
+from training.token_rows import write_token_rows
+from training.trackers import check_tracker
+from training.worker import WorkerConfig, WorkerReport, train
 
 if TYPE_CHECKING:
     from cluster.store import Artifact, Attempt, Store
 
-ADAPTER_FORMAT = 1
+ADAPTER_FORMAT = 2
 ROLES: dict[Objective, str] = {"raft": "raft", "dsf": "finetuned"}
 
 
 def adapter_plan(recipe: TrainingRecipe, samples: Artifact, objective: Objective) -> Plan:
-    """What an adapter depends on; not the number of workers, threads or GPUs, nor the ZeRO stage."""
-    train = recipe.train
+    """What an adapter depends on: not workers, threads or GPUs, ZeRO stage, offload, micro-batches, packing,
+    checkpoints, the probe or the tracker."""
+    settings = recipe.train
+    stops = patience(recipe, objective)
+    trained: dict[str, Any] = {
+        "learning_rate": settings.learning_rate,
+        "warmup_fraction": settings.warmup_fraction,
+        "epochs": epochs(recipe, objective),
+        "batch_rows": batch_rows(recipe, objective),
+        "max_tokens": settings.max_tokens,
+        "patience": stops,
+    }
+    if stops:  # without patience the last state is kept, however often it was measured
+        trained["validations_per_epoch"] = settings.validations_per_epoch
+    if objective == "raft" and settings.mixture.get("dsf"):
+        trained["mixture"] = dict(settings.mixture)
     config: dict[str, Any] = {
         "objective": objective,
         "lora": recipe.lora.model_dump(),
-        "train": {
-            "learning_rate": train.learning_rate,
-            "warmup_fraction": train.warmup_fraction,
-            "epochs": epochs(recipe, objective),
-            "batch_rows": batch_rows(recipe, objective),
-            "max_tokens": train.max_tokens,
-        },
+        "train": trained,
         "base_digest": model_digest(base_model_directory(recipe.model)),
         "prompt_format": FORMAT_VERSION,
     }
@@ -62,12 +80,47 @@ def batch_rows(recipe: TrainingRecipe, objective: Objective) -> int:
     return recipe.train.batch_rows if objective == "raft" else recipe.train.dsf_batch_rows
 
 
-def train_adapter(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: Objective) -> Artifact:
+def patience(recipe: TrainingRecipe, objective: Objective) -> int:
+    """Validations without a gain that end training; 0: none do."""
+    return recipe.train.patience if objective == "raft" else recipe.train.dsf_patience
+
+
+def train_adapters(
+    recipe: TrainingRecipe, store: Store, samples: Artifact, objectives: Sequence[Objective], *, force: bool = False
+) -> dict[str, Artifact]:
+    """The adapters of several objectives, by role; all are trained before one that is worse is told of.
+
+    Raises:
+        UserError: As `train_adapter`.
+        NotBetterError: Of each that was not published, in one line.
+    """
+    adapters, refused = {}, []
+    for objective in objectives:
+        try:
+            adapters[ROLES[objective]] = train_adapter(recipe, store, samples, objective, force=force)
+        except NotBetterError as error:
+            refused.append(str(error))
+    if refused:
+        raise NotBetterError("; ".join(refused))
+    return adapters
+
+
+def train_adapter(
+    recipe: TrainingRecipe, store: Store, samples: Artifact, objective: Objective, *, force: bool = False
+) -> Artifact:
     """The adapter of `recipe` for an objective, trained unless the same exists.
+
+    Args:
+        recipe: With the model and how to train it.
+        store: Where adapters and releases are.
+        samples: What to learn from.
+        objective: Of which rows.
+        force: Publish it even where it is worse than the one that is served.
 
     Raises:
         UserError: Workers that the cluster cannot hold, more workers than rows in a step, a loss that is not finite,
-            or another prompt file than that of the samples.
+            another prompt file than that of the samples, or a tracker that cannot be used.
+        NotBetterError: It is significantly worse than the adapter of the promoted release, and `force` is not set.
     """
     rows = batch_rows(recipe, objective)
     if recipe.train.workers > rows:
@@ -76,8 +129,9 @@ def train_adapter(recipe: TrainingRecipe, store: Store, samples: Artifact, objec
             f"train.workers is {recipe.train.workers} but {key} is {rows}: each worker needs a row of a step"
         )
     _refuse_other_prompt(recipe, samples)
+    check_tracker(recipe)
     plan = adapter_plan(recipe, samples, objective)
-    return run_stage(store, plan, functools.partial(_build, recipe, store, samples, objective))
+    return run_stage(store, plan, functools.partial(_build, recipe, store, samples, objective, plan, force))
 
 
 def _refuse_other_prompt(recipe: TrainingRecipe, samples: Artifact) -> None:
@@ -89,7 +143,20 @@ def _refuse_other_prompt(recipe: TrainingRecipe, samples: Artifact) -> None:
         )
 
 
-def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: Objective, attempt: Attempt) -> Outcome:
+def _build(
+    recipe: TrainingRecipe,
+    store: Store,
+    samples: Artifact,
+    objective: Objective,
+    plan: Plan,
+    force: bool,
+    attempt: Attempt,
+) -> Outcome:
+    role = ROLES[objective]
+    served = find_served(store, recipe.name, role, plan)
+    if not load_validation(samples, objective):
+        say(f"train {role}: there are no validation rows (samples.validation_rows): trains to the end unmeasured")
+    work = store.work_uri(attempt.ref)
     config = WorkerConfig(
         recipe=recipe.model_dump(include=set(TrainingRecipe.model_fields)),
         prompt_format=PromptFormat.load(recipe.prompt, recipe.language),
@@ -97,31 +164,39 @@ def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: O
         objective=objective,
         epochs=epochs(recipe, objective),
         batch_rows=batch_rows(recipe, objective),
+        patience=patience(recipe, objective),
+        tokens=f"{work}/tokens",
+        work=work,
+        plan=str(attempt.ref),
         uri=attempt.uri,
+        replaces=None if isinstance(served, str) else served,
     )
     with ray_session(recipe.ray):
-        report = _fit(recipe, config, str(store.work_directory(attempt.ref)))
-    losses = [round(loss, 5) for loss in report.losses]
-    (attempt.directory / "loss.json").write_text(json.dumps({"loss_per_target_token": losses}), encoding="utf-8")
-    last = losses[-max(1, len(losses) // 10) :]
+        counts = write_token_rows(recipe, samples, objective, config.prompt_format, config.tokens)
+        report = _fit(recipe, config, f"{work}/ray-train")
+    measured = measured_figures(recipe, report)
+    for line in describe_run(role, report):
+        say(line)
+    if warning := general_warning(role, report.checks.general.difference(recipe.seed)):
+        complain(warning)
+    validated = report.checks.validation
+    new = None if validated is None else validated.rows
+    compared = compare(served, new, report.checks.replaced, samples, objective, recipe.seed)
+    worse = _refuse_worse(role, compared, force=force)
+    draw_curve(report.history, attempt.directory / "curve.png", title=f"{attempt.ref.name} {attempt.ref.version}")
     return Outcome(
         counts={
-            "rows": report.rows,
-            "rows_too_long": report.rows_too_long,
-            "steps": len(losses),
+            "rows": counts.rows,
+            "rows_too_long": counts.too_long,
+            "steps": len(report.losses),
             "tokens": report.tokens,
             "target_tokens": report.target_tokens,
             "trainable_parameters": report.trainable_parameters,
         },
         measured={
-            "training_seconds": round(report.seconds, 2),
-            "tokens_per_second": round(report.tokens / report.seconds, 1),
-            "padding_share": round(report.padding_share, 4),
-            "final_loss": round(sum(last) / len(last), 4),
-            "workers": recipe.train.workers,
-            "zero_stage": recipe.train.zero_stage,
-            "device": report.device,
-            "precision": report.precision,
+            **measured,
+            "replaces": compared.figures() if isinstance(compared, Comparison) else compared,
+            "forced": worse,
         },
     )
 
@@ -129,7 +204,24 @@ def _build(recipe: TrainingRecipe, store: Store, samples: Artifact, objective: O
 def _fit(recipe: TrainingRecipe, config: WorkerConfig, storage: str) -> WorkerReport:
     """Runs the workers to their end and returns what the first of them reports."""
     label = f"train {ROLES[config.objective]}"
-    report: WorkerReport = fit(
-        run_worker, {"config": config}, recipe.train, label=label, unit="tokens", storage=storage
-    )
+    report: WorkerReport = fit(train, config, recipe.train, label=label, unit="tokens", storage=storage)
     return report
+
+
+def _refuse_worse(role: str, compared: Comparison | str | None, *, force: bool) -> bool:
+    """Says how the adapter compares with the served one; returns whether it is worse, and published by force.
+
+    Raises:
+        NotBetterError: It is worse, and not forced.
+    """
+    if isinstance(compared, str):
+        say(f"train {role}: not compared with the promoted release's adapter: {compared}")
+    if not isinstance(compared, Comparison):
+        return False
+    if compared.worse and not force:
+        raise NotBetterError(
+            f"train {role}: not published, it is worse: {compared.describe()}; the release stays as it is, "
+            "`rayft train lora RECIPE --force` publishes it all the same, without training again"
+        )
+    say(f"train {role}: {compared.describe()}{'; worse, and published by force' if compared.worse else ''}")
+    return compared.worse

@@ -27,6 +27,7 @@ LEVEL = 0.95
 class RowLosses:
     """Summed cross-entropy and number of target tokens of each row."""
 
+    sample_ids: tuple[str, ...]
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
 
@@ -37,7 +38,11 @@ class RowLosses:
 
     def only(self, places: Sequence[int]) -> RowLosses:
         """Those of some rows."""
-        return RowLosses(tuple(self.sums[i] for i in places), tuple(self.tokens[i] for i in places))
+        return RowLosses(
+            tuple(self.sample_ids[i] for i in places),
+            tuple(self.sums[i] for i in places),
+            tuple(self.tokens[i] for i in places),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Difference:
     high: float
     n: int
 
+    def figures(self) -> dict[str, float]:
+        """For a manifest."""
+        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4), "n": self.n}
+
 
 def difference(of: RowLosses, against: RowLosses, seed: int) -> Difference:
     """`of.mean - against.mean` on the same rows, with the percentile interval of a bootstrap over rows.
@@ -58,7 +67,8 @@ def difference(of: RowLosses, against: RowLosses, seed: int) -> Difference:
     """
     import numpy as np
 
-    assert of.tokens == against.tokens, "losses of different rows cannot be compared"
+    same = (of.sample_ids, of.tokens) == (against.sample_ids, against.tokens)
+    assert same, "losses of different rows cannot be compared"
     higher = np.subtract(of.sums, against.sums)  # (n,) float64
     tokens = np.asarray(of.tokens, dtype=np.float64)
     n = len(tokens)
@@ -126,30 +136,35 @@ def measure_rows(
     with looking_only(model):
         for first in range(0, len(batches), world_size):
             mine = first + rank
-            # Without a batch left a worker computes one that is another's, because the others wait for it.
-            places = batches[min(mine, len(batches) - 1)]
-            losses = _losses_of_rows(model, collate([rows[i] for i in places], pad_token_id), device)
-            if mine < len(batches):
+            # A worker without a batch left computes a filler, because the others wait for it.
+            places = batches[mine] if mine < len(batches) else []
+            losses = _losses_of_rows(model, collate([rows[i] for i in places], pad_token_id).to(device))
+            if places:
                 sums[places] = losses.double().cpu()
     if world_size > 1:
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)  # every row was computed once: a sum with zeros, and exact
-    return RowLosses(tuple(sums.tolist()), tuple(row.target_tokens for row in rows))
+    ids, tokens = tuple(row.sample_id for row in rows), tuple(row.target_tokens for row in rows)
+    return RowLosses(ids, tuple(sums.tolist()), tokens)
 
 
-def _losses_of_rows(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+def _losses_of_rows(model: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each row, summed over its target tokens: (rows,) float32."""
     import torch
 
-    labels = batch.labels.to(device)
+    from training.batching import IGNORED
+
     logits = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        position_ids=batch.position_ids.to(device),
-        logits_to_keep=labels.shape[1] + 1,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.labels.shape[1] + 1,
         use_cache=False,
     ).logits  # (rows, target columns + 1, vocabulary); the last column predicts past the end
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels, ignore_index=-100, reduction="none"
+    # Only where there is a label: of 40 short rows that is a tenth of the columns, and of the float32 logits.
+    labelled = batch.labels != IGNORED
+    losses = torch.zeros(batch.labels.shape, device=batch.labels.device)
+    losses[labelled] = torch.nn.functional.cross_entropy(
+        logits[:, :-1][labelled].float(), batch.labels[labelled], reduction="none"
     )
     return losses.sum(dim=1)
