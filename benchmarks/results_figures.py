@@ -163,15 +163,17 @@ def _at_least(
     metric: str,
     bar: float,
 ) -> Bar:
-    means = {name: mean(columns.get(column, ()), name, metric) for name in strategies}
+    cells = columns.get(column, ())
+    means = {name: mean(cells, name, metric) for name in strategies}
     measured = {name: value for name, value in means.items() if value is not None}
     shown = f"{column}: {what} ≥ {bar:.2f}"
     if not measured:
         return Bar(shown, "not measured", None)
     best = max(measured, key=lambda name: measured[name])
-    return Bar(
-        shown, f"{measured[best]:.3f}" + (f" ({ROWS[best]})" if len(strategies) > 1 else ""), measured[best] >= bar
-    )
+    values = [(cell.seed, cell.value(best, metric)) for cell in cells]
+    seeds = [f"{estimate['value']:.3f} (seed {seed})" for seed, estimate in values if estimate is not None]
+    found = f"{measured[best]:.3f} on average: {', '.join(seeds)}" if len(seeds) > 1 else seeds[0]
+    return Bar(shown, f"{ROWS[best]} {found}", measured[best] >= bar)
 
 
 def _above_zero(what: str, columns: Mapping[str, Sequence[Cell]], column: str, rival: str) -> Bar:
