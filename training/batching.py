@@ -88,11 +88,6 @@ def plan_steps(lengths: Sequence[int] | np.ndarray, batch_rows: int, epochs: int
     return steps
 
 
-def share_of_step(step: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The rows of a step that one worker computes: every `world_size`-th, so that lengths stay balanced."""
-    return list(step[rank::world_size])
-
-
 def micro_batches(
     step: Sequence[int],
     lengths: Sequence[int] | np.ndarray,

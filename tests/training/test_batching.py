@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from retrieval.records import Golden, Question
 from tests.training.tiny import chunk, hits_of, prompt_format
 from training.base_model import load_tokenizer
-from training.batching import Batch, TokenRow, collate, plan_steps, share_of_step, summed_loss, tokenise
+from training.batching import Batch, TokenRow, collate, micro_batches, plan_steps, summed_loss, tokenise
 from training.config import SamplesConfig
 from training.raft_rows import RowMaker
 
@@ -60,11 +60,57 @@ def test_plan_steps_every_row_once_per_epoch_and_the_same_for_all(lengths, batch
         assert rows == list(range(len(lengths)))
 
 
-@given(step=st.lists(st.integers(0, 99), min_size=1, max_size=12, unique=True), world_size=st.integers(1, 5))
-def test_share_of_step_workers_take_every_row_once(step, world_size):
-    shares = [share_of_step(step, rank, world_size) for rank in range(world_size)]
-    assert sorted(row for share in shares for row in share) == sorted(step)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+lengths_of_a_step = st.lists(st.integers(1, 600), min_size=1, max_size=24)
+
+
+@given(
+    lengths=lengths_of_a_step,
+    world_size=st.integers(1, 5),
+    budget=st.integers(1, 4000),
+    packing=st.sampled_from(["none", "best_fit"]),
+)
+def test_micro_batches_workers_take_every_row_once_in_equally_many_within_the_budget(
+    lengths, world_size, budget, packing
+):
+    step = [row + 7 for row in range(len(lengths))]
+    all_lengths = [0] * 7 + lengths
+    cuts = [micro_batches(step, all_lengths, rank, world_size, budget, packing) for rank in range(world_size)]
+    assert sorted(row for cut in cuts for micro in cut for row in micro) == step
+    assert len({len(cut) for cut in cuts}) == 1
+    assert any(all(cut) for cut in cuts), "no worker has real work in every micro-batch"
+    for micro in (micro for cut in cuts for micro in cut if len(micro) > 1):
+        sizes = [all_lengths[row] for row in micro]
+        if packing == "none":
+            assert max(sizes) * len(sizes) <= budget
+            assert 1 - sum(sizes) / (max(sizes) * len(sizes)) <= 0.05
+        else:
+            assert sum(sizes) <= budget
+
+
+@given(lengths=lengths_of_a_step, world_size=st.integers(1, 5))
+def test_micro_batches_workers_get_about_equally_many_tokens(lengths, world_size):
+    step = range(len(lengths))
+    loads = [
+        sum(lengths[row] for micro in micro_batches(step, lengths, rank, world_size, 10**6) for row in micro)
+        for rank in range(world_size)
+    ]
+    assert max(loads) - min(loads) <= max(lengths)
+    assert min(loads) > 0 or len(lengths) < world_size
+
+
+def test_micro_batches_best_fit_needs_few_micro_batches():
+    rng = random.Random(3)
+    lengths = [rng.randint(40, 700) for _ in range(300)]
+    packs = micro_batches(range(300), lengths, 0, 1, 2048, "best_fit")
+    assert len(packs) <= 1.03 * sum(lengths) / 2048 + 1
+
+
+def test_micro_batches_padded_rows_are_cut_where_that_pads_least():
+    lengths = [100, 99, 98, 60, 59, 58]
+    assert micro_batches(range(6), lengths, 0, 1, 10_000) == [[0, 1, 2], [3, 4, 5]]
+    assert micro_batches(range(3), lengths, 0, 1, 200) == [[0], [1, 2]]
+    assert micro_batches([0], lengths, 0, 1, 64) == [[0]]
+    assert micro_batches([4], lengths, 1, 2, 64) == [[]]
 
 
 def test_plan_steps_neighbours_of_like_length_pad_little():
