@@ -1,4 +1,4 @@
-"""`rayft train lora|retriever`.
+"""`rayft train lora|retriever|merge`.
 
 In: a function that loads a recipe. Out: Typer sub-apps. Heavy imports stand inside the commands, so that `--help`
 answers at once.
@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -38,19 +39,22 @@ def train_app(load: Load) -> typer.Typer:
         objective: Annotated[
             Literal["raft", "dsf", "both"], typer.Option(help="raft (with passages), dsf (closed book), or both.")
         ] = "both",
+        force: Annotated[
+            bool, typer.Option("--force", help="Publish an adapter even where it is worse than the one that is served.")
+        ] = False,
         overrides: SetOption = None,
     ) -> None:
-        """Train LoRA adapters with Ray Train and DeepSpeed, on samples that are built first where they are stale."""
+        """Train LoRA adapters with Ray Train and DeepSpeed, on samples that are built first where they are stale.
+
+        An adapter that is significantly worse on validation rows than that of the promoted release is not published:
+        exit status 1.
+        """
         from cluster.store import Store
-        from training.lora import train_adapter
+        from training.lora import ROLES, train_adapters
 
         loaded = load(recipe, overrides or [])
-        store = Store(loaded.store.uri)
-        samples = samples_of(loaded)
-        if objective in ("raft", "both"):
-            train_adapter(loaded, store, samples, "raft")
-        if objective in ("dsf", "both"):
-            train_adapter(loaded, store, samples, "dsf")
+        chosen = [name for name in ROLES if objective in (name, "both")]
+        train_adapters(loaded, Store(loaded.store.uri), samples_of(loaded), chosen, force=force)
 
     @app.command()
     def retriever(
@@ -79,5 +83,28 @@ def train_app(load: Load) -> typer.Typer:
         if loaded.encoder.tuned == "never":
             say("retriever: encoder.tuned is never: the index keeps the encoder as configured")
         build_index(loaded, store)
+
+    @app.command()
+    def merge(
+        recipe: RecipeArgument,
+        objective: Annotated[
+            Literal["raft", "dsf"], typer.Option(help="Which adapter: raft (with passages) or dsf (closed book).")
+        ] = "raft",
+        release: Annotated[
+            str | None, typer.Option(help="Version of the release that pins the adapter; default: the current adapter.")
+        ] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="New directory of the merged model; default: named after the adapter.")
+        ] = None,
+        overrides: SetOption = None,
+    ) -> None:
+        """Add an adapter into the base model's weights and write the result as a model of its own (safetensors)."""
+        from cluster.store import Store
+        from training.merge import chosen_adapter
+        from training.merge import merge as merge_adapter
+
+        loaded = load(recipe, overrides or [])
+        adapter = chosen_adapter(loaded, Store(loaded.store.uri), objective, release)
+        merge_adapter(loaded, adapter, out or Path(f"{adapter.ref.name}-{adapter.ref.version}-merged"))
 
     return app
