@@ -23,7 +23,7 @@ import typer
 
 from cluster.cli import cluster_app
 from cluster.config import Section
-from cluster.errors import UserError
+from cluster.errors import NotBetterError, UserError
 from cluster.progress import complain, describe_seconds, say
 from cluster.recipe import load_recipe
 from evaluation import cli as evaluation_cli
@@ -255,12 +255,17 @@ def without_repeats(text: str) -> str:
 
 
 def train_both(recipe: Recipe, store: Store, index: Artifact) -> tuple[Artifact, dict[str, Artifact]]:
-    """The samples, and the adapters by role."""
-    from training.lora import ROLES, train_adapter
+    """The samples, and the adapters by role.
+
+    Raises:
+        NotBetterError: An adapter is worse than the one that is served. The demo ends there: a report on the served
+            adapter and the new samples would ask it questions that it may have been trained on.
+    """
+    from training.lora import ROLES, train_adapters
     from training.samples import build_samples
 
     samples = build_samples(recipe, store, index)
-    return samples, {role: train_adapter(recipe, store, samples, objective) for objective, role in ROLES.items()}
+    return samples, train_adapters(recipe, store, samples, list(ROLES))
 
 
 def compare_and_promote(
@@ -414,7 +419,7 @@ def name_of_folder(path: str) -> str:
 
 
 def main() -> None:
-    """Entry point: a `UserError` becomes one line and exit status 2."""
+    """Entry point: a `UserError` becomes one line and exit status 2; 1 where what was trained is not good enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -422,7 +427,7 @@ def main() -> None:
         app()
     except UserError as error:
         complain(f"rayft: {' '.join(str(error).split())}")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, NotBetterError) else 2)
     except KeyboardInterrupt:
         complain("rayft: interrupted; run the same command again to go on with the unfinished stage")
         sys.exit(130)
