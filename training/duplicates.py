@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from retrieval.records import Question
-from training.format import fold
+from training.format import fold_text
 
 # Words of scripts that set spaces; of others (Chinese, Japanese, Thai) each character.
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\w")
@@ -47,7 +47,7 @@ class Sifted(NamedTuple):
 
 def content_words(text: str, stop_words: Collection[str]) -> list[str]:
     """The words of a text, folded, in lower case and in order, without `stop_words` (all, if none would be left)."""
-    words = _WORD.findall(fold(text)[0].casefold())
+    words = _WORD.findall(fold_text(text).casefold())
     return [word for word in words if word not in stop_words] or words
 
 

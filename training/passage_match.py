@@ -22,6 +22,12 @@ from training.format import fold, fold_text
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-\u2212])?(?<!\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|(?<!\d,)\d+,\d{1,2}(?![\d,])|\d+)(?:\.\d+)*"
 )
+# Words that answer a question of whatever content, in lower case: no passage answers it by holding one.
+_VERDICTS = frozenset(
+    {"yes", "no", "maybe", "true", "false", "both", "neither", "none", "unknown"}
+    | {"是", "否", "是的", "不是", "对", "不对", "错", "正确", "错误", "有", "没有", "会", "不会", "能", "不能"}
+    | {"可以", "不可以", "可能", "也许"}
+)
 # Texts kept folded: about 10 MB of passages of 1,000 characters.
 _KEPT = 4096
 
@@ -43,6 +49,11 @@ def mentions(answer: str, text: str) -> bool:
     set no spaces between words, so that there any occurrence counts.
     """
     return next(_places(_plain(answer), _plain(text)), None) is not None
+
+
+def is_verdict(answer: str) -> bool:
+    """Whether an answer is `yes`, `no` or the like: words that a passage holds for any reason."""
+    return _plain(answer).rstrip(".!。") in _VERDICTS
 
 
 def find_answer(answer: str, text: str) -> tuple[int, int] | None:
@@ -119,9 +130,10 @@ def golden_chunk(question: Question, hits: Sequence[Hit], candidates: Sequence[C
     """Of the candidates, the one that holds the earliest of the accepted answers; among several, the best ranked hit,
     then the first in the corpus. Where none holds an answer (yes/no, free answers), the best ranked."""
     ranks = {hit.passage.chunk_id: hit.rank for hit in hits}
+    telling = [(number, answer) for number, answer in enumerate(question.answers) if not is_verdict(answer)]
 
     def order(chunk: Chunk) -> tuple[int, int, str, int]:
-        held = (number for number, answer in enumerate(question.answers) if mentions(answer, chunk.text))
+        held = (number for number, answer in telling if mentions(answer, chunk.text))
         rank = ranks.get(chunk.chunk_id, len(hits) + 1)
         return next(held, len(question.answers)), rank, chunk.doc_id, chunk.start
 

@@ -17,7 +17,7 @@ from difflib import SequenceMatcher
 from itertools import combinations_with_replacement
 
 from retrieval.records import Passage
-from training.format import BEGIN_QUOTE, END_QUOTE, MARKED_QUOTE, find_quote, fold_text, unescape
+from training.format import BEGIN_QUOTE, END_QUOTE, MARKED_QUOTE, escape, find_quote, fold_text, unescape
 from training.passage_match import mentions
 
 # Words in common (difflib's ratio: twice the common ones over all) from which a span is what a quote meant. A word
@@ -93,8 +93,10 @@ def _cut(quote: str, text: str) -> str:
     """The characters of `text` that are the quote, as written or as the prompt escapes them; "" where it has none."""
     for candidate in dict.fromkeys((quote, unescape(quote))):
         span = find_quote(candidate, text)
-        if span:
-            return text[span[0] : span[1]].strip()
+        found = text[span[0] : span[1]].strip() if span else ""
+        # Where a text mixes markup with its escapes (`<s> &lt;s>`), a target cannot say which one it quotes.
+        if found and unescape(escape(found)) == found:
+            return found
     return ""
 
 
