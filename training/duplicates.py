@@ -74,19 +74,11 @@ class _Entry:
 
 
 def _entry(question: Question, stop_words: Collection[str]) -> _Entry:
-    words = tuple(dict.fromkeys(content_words(question.text, stop_words)))
-    answers = tuple(dict.fromkeys(tuple(content_words(answer, ())) for answer in question.answers)) or ((),)
-    return _Entry(
-        question,
-        " ".join(content_words(question.text, ())),
-        words,
-        answers,
-        question.documents or _asked_about(question),
-    )
-
-
-def _asked_about(question: Question) -> Words:
-    return (str(question.metadata.get("doc_id", "")),)
+    every = content_words(question.text, ())
+    words = dict.fromkeys([word for word in every if word not in stop_words] or every)
+    answers = dict.fromkeys(tuple(content_words(answer, ())) for answer in question.answers)
+    documents = question.documents or (str(question.metadata.get("doc_id", "")),)
+    return _Entry(question, " ".join(every), tuple(words), tuple(answers) or ((),), documents)
 
 
 def drop_repeats(questions: Sequence[Question], tests: Collection[str], threshold: float) -> Sifted:

@@ -157,10 +157,10 @@ def _split_by_document(questions: Sequence[Question], config: QuestionsConfig, s
         for question in questions
     ]
     # A test about a document that no training question is about would not be about a seen document: it trains.
-    seen = _documents(question for question in split if question.split == TRAIN)
+    seen = held_out | _documents(question for question in split if question.split == TRAIN)
     return [
         dataclasses.replace(drawn, split=TRAIN)
-        if drawn.split == NEW_QUESTIONS and not question.split and _is_unseen(question, seen, held_out)
+        if drawn.split == NEW_QUESTIONS and not question.split and _is_unseen(question, seen)
         else drawn
         for question, drawn in zip(questions, split, strict=True)
     ]
@@ -194,8 +194,8 @@ def _draw_split(question: Question, held_out: set[str], config: QuestionsConfig,
     return NEW_QUESTIONS if drawn < config.test_questions_fraction else TRAIN
 
 
-def _is_unseen(question: Question, seen: set[str], held_out: set[str]) -> bool:
-    return bool(question.documents) and not (seen | held_out).intersection(question.documents)
+def _is_unseen(question: Question, seen: set[str]) -> bool:
+    return bool(question.documents) and seen.isdisjoint(question.documents)
 
 
 def held_out_documents(questions: Iterable[Question]) -> set[str]:
