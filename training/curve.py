@@ -80,8 +80,9 @@ def _draw_losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
             ha="center",
             color=_VALIDATION,
         )
-    highest = max([*smoothed(losses, max(1, window)), *validation], default=1.0)
-    axes.set_ylim(0, highest * 1.1 or 1.0)  # a first step far above the rest would flatten the curve
+    # A first step far above the rest would flatten the curve: of many steps, the highest 3% may leave the picture.
+    kept = sorted(losses)[: max(20, round(len(losses) * 0.97))]
+    axes.set_ylim(0, max([*kept, *validation], default=1.0) * 1.1 or 1.0)
     axes.set_ylabel("loss per target token")
     if losses or validation:
         axes.legend(loc="best", frameon=False)
