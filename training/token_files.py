@@ -81,7 +81,7 @@ def read_commit(uri: str) -> dict[str, Any] | None:
     try:
         with filesystem.open_input_stream(path) as file:
             committed = json.loads(file.read())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return committed if isinstance(committed, dict) and "files" in committed else None
 
