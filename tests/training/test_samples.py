@@ -1,6 +1,7 @@
 import dataclasses
 import json
-import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +9,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import UserError
-from cluster.store import Store
 from retrieval.questions import read_questions, write_questions
 from retrieval.records import Question
+from retrieval.retriever import Retriever
 from tests.retrieval.tiny import COUNTRIES, tiny_encoder
 from tests.training.tiny import TEST_COUNTRIES, training_recipe
+from training.base_model import load_tokenizer
+from training.batching import tokenise
+from training.format import PromptFormat
 from training.passage_match import mentions
 from training.records import RaftSample
-from training.samples import _build, build_samples, load_examples, load_questions, load_samples, samples_plan
+from training.sample_writer import write_samples
+from training.samples import (
+    _build,
+    build_samples,
+    load_examples,
+    load_questions,
+    load_samples,
+    load_validation,
+    sample_files,
+    samples_plan,
+)
 
 
 def test_build_samples_files_are_readable_and_keep_their_promises(built):
@@ -29,16 +43,104 @@ def test_build_samples_files_are_readable_and_keep_their_promises(built):
         for found, golden in zip(row.passages, row.golden, strict=True):
             assert golden == mentions(row.answer, found.text)
     assert {row.golden_present for row in raft} == {True, False}
-    share = sum(row.golden_present for row in raft) / 24
-    assert built.samples.manifest.measured["golden_share"] == pytest.approx(share, abs=1e-4)
     dsf = load_samples(built.samples, "dsf")
     assert len(dsf) == 24
     assert all(row.passages == () and "##" not in row.target for row in dsf)
-    assert built.samples.manifest.measured["test_documents"] == sorted(TEST_COUNTRIES)
-    files = {entry.path for entry in built.samples.manifest.files}
-    assert files == {"questions.parquet", "dsf.parquet", "examples.parquet", "raft/part-00000.parquet"}
+    assert {entry.path for entry in built.samples.manifest.files} == {
+        "questions.parquet",
+        "examples.parquet",
+        "raft/part-00000.parquet",
+        "dsf/part-00000.parquet",
+        "validation/raft-00000.parquet",
+        "validation/dsf-00000.parquet",
+    }
+    assert [path.name for path in sample_files(built.samples, "dsf")] == ["part-00000.parquet"]
     table = pq.read_table(built.samples.path("raft/part-00000.parquet"))
     assert table.schema.equals(RaftSample.schema())
+
+
+def test_load_validation_rows_come_from_training_questions_that_train_nothing(built):
+    train = {q.question_id: q for q in load_questions(built.samples, "train")}
+    trained = {row.question_id for name in ("raft", "dsf") for row in load_samples(built.samples, name)}
+    for objective in ("raft", "dsf"):
+        rows = load_validation(built.samples, objective)
+        assert len(rows) == built.samples.manifest.counts[f"validation_{objective}"] > 0
+        assert {row.objective for row in rows} == {objective}
+        assert {row.question_id for row in rows} <= set(train) - trained
+        assert not {p.doc_id for row in rows for p in row.passages} & set(TEST_COUNTRIES)
+    assert all(row.golden_present for row in load_validation(built.samples, "raft"))
+    assert not any(row.golden_present for row in load_validation(built.samples, "dsf"))
+
+
+def test_data_card_says_what_the_rows_are(built, base_path):
+    card = built.samples.manifest.measured["card"]
+    raft, dsf = (load_samples(built.samples, name) for name in ("raft", "dsf"))
+    assert card["rows"] == {"dsf": 24, "raft": 24, "validation-dsf": 12, "validation-raft": 12}
+    assert card["golden_share"] == pytest.approx(sum(row.golden_present for row in raft) / 24, abs=1e-4)
+    assert card["quoted_share"] == pytest.approx(sum(bool(row.quotes) for row in raft) / 24, abs=1e-4)
+    assert card["quotes"]["kept"] == sum(len(row.quotes) for row in raft)
+    assert sum(card["golden_position"].values()) == sum(row.golden_present for row in raft)
+    assert card["distractors_per_row"] == {
+        str(n): c for n, c in sorted(Counter(len(r.golden) - sum(r.golden) for r in raft).items())
+    }
+    similarity = card["similarity"]
+    assert (similarity["golden_found"], similarity["distractor_score"]) == _similarity_by_hand(built, raft)
+    assert card["kinds"]["raft"] == {"area": 6, "exports": 12, "goods": 6}
+    tokenizer = load_tokenizer(base_path)
+    prompt = PromptFormat.load(built.recipe.prompt, "en")
+    for name, rows in (("raft", raft), ("dsf", dsf)):
+        lengths = sorted(len(row.input_ids) for row in tokenise(rows, tokenizer, prompt))
+        found = card["tokens"][name]
+        assert (found["total"], found["longest"], sum(found["counts"])) == (sum(lengths), lengths[-1], 24)
+        edges = [*found["edges"], 10**9]
+        assert found["counts"] == [sum(low <= n < high for n in lengths) for low, high in pairwise(edges)]
+        assert found["median"] == lengths[11]
+    assert card["held_out_documents"] == 2
+    assert card["coverage"] == _coverage_by_hand(built)
+
+
+def _similarity_by_hand(built, raft) -> tuple:
+    """Share of golden passages among the hits, and the mean cosine of those distractors that are."""
+    retriever = Retriever.open(built.index, built.recipe.encoder)
+    golden, distractors = [], []
+    for row in raft:
+        [hits] = retriever.search([row.question], built.recipe.samples.mining_depth)
+        scores = {hit.passage.chunk_id: hit.score for hit in hits}
+        for shown, is_golden in zip(row.passages, row.golden, strict=True):
+            (golden if is_golden else distractors).append(scores.get(shown.chunk_id))
+    found = [score for score in distractors if score is not None]
+    share = sum(score is not None for score in golden) / len(golden)
+    return pytest.approx(share, abs=1e-4), pytest.approx(sum(found) / len(found), abs=1e-3)
+
+
+def _coverage_by_hand(built) -> dict:
+    """The same counted the slow way: every question against every chunk."""
+    chunks = list(Retriever.open(built.index, built.recipe.encoder).chunks())
+    touched: dict[str, tuple[set, set]] = {}
+    for question in load_questions(built.samples):
+        for key in (question.split, "all"):
+            documents, places = touched.setdefault(key, (set(), set()))
+            documents |= {golden.doc_id for golden in question.golden}
+            places |= {c.chunk_id for c in chunks for golden in question.golden if golden.matches(c)}
+    return {
+        split: {
+            "documents": len(documents),
+            "chunks": len(places),
+            "document_share": round(len(documents) / len(COUNTRIES), 4),
+            "chunk_share": round(len(places) / len(chunks), 4),
+        }
+        for split, (documents, places) in touched.items()
+    }
+
+
+def test_data_card_without_the_base_model_says_so_and_rows_are_made(built, capsys):
+    recipe = built.recipe.model_copy(
+        update={"name": "modelless", "model": built.recipe.model.model_copy(update={"base": "./nowhere"})}
+    )
+    samples = build_samples(recipe, built.store, built.index)
+    assert load_samples(samples, "raft") == load_samples(built.samples, "raft")
+    assert samples.manifest.measured["card"]["tokens"] == {}
+    assert "the data card lacks token lengths: model.base: no such model directory" in capsys.readouterr().out
 
 
 def test_load_questions_splits_stay_apart(built):
@@ -68,7 +170,8 @@ def test_load_questions_new_questions_ask_only_what_dsf_rows_teach(built, tmp_pa
     facts, seen = asked(samples)
     assert 0 < len(facts) < len(COUNTRIES) - len(TEST_COUNTRIES)
     assert facts <= seen
-    assert samples.manifest.measured["questions_about_other_facts"] > 0
+    left_out = samples.manifest.measured["card"]["drops"]["test questions"]
+    assert left_out["asks about a fact that no closed-book row teaches"] > 0
 
 
 def test_load_examples_show_the_whole_format(built):
@@ -87,34 +190,25 @@ def test_build_samples_same_inputs_are_skipped(built):
     assert again.manifest.attempt == built.samples.manifest.attempt
 
 
-def test_build_samples_workers_of_ray_data_make_the_same_rows(built, local_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.samples.BLOCK_ROWS", 7)
-    store = Store(str(tmp_path / "other"))
-    source = Path(built.recipe.store.uri) / "index"
-    shutil.copytree(source, Path(store.uri) / "index", ignore=shutil.ignore_patterns(".*"))
-    rebuilt = build_samples(built.recipe, store, store.open_ref(built.index.ref))
-    assert rebuilt.ref == built.samples.ref
-    assert sum("raft/part-" in entry.path for entry in rebuilt.manifest.files) == 4
-    for objective in ("raft", "dsf"):
-        assert load_samples(rebuilt, objective) == load_samples(built.samples, objective)
-    assert load_examples(rebuilt) == load_examples(built.samples)
-
-
-def test_build_samples_fault_on_a_worker_is_one_line(built, local_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.samples.BLOCK_ROWS", 12)
-    assert "was built with the encoder" in _refused(built, encoder={"model": str(tiny_encoder(tmp_path / "e", seed=9))})
-
-
 def test_build_rows_are_read_from_where_the_workers_wrote_them(built, tmp_path):
     attempt = SimpleNamespace(directory=tmp_path / "staging", uri=str(tmp_path / "bucket"))
     attempt.directory.mkdir()
     outcome = _build(built.recipe, built.index, attempt)
     assert outcome.counts["raft"] == 24
-    assert sorted(path.name for path in attempt.directory.iterdir()) == [
-        "dsf.parquet",
-        "examples.parquet",
-        "questions.parquet",
-    ]
+    assert sorted(path.name for path in attempt.directory.iterdir()) == ["examples.parquet", "questions.parquet"]
+    assert sorted(path.name for path in (tmp_path / "bucket").iterdir()) == ["dsf", "raft", "validation"]
+
+
+def test_build_samples_part_of_a_killed_worker_is_not_published(built, monkeypatch):
+    def write_and_leave_a_part(job, parts):
+        written = write_samples(job, parts)
+        Path(job.uri, "raft", "part-00000.parquet.unfinished-1234").write_bytes(b"half")
+        return written
+
+    monkeypatch.setattr("training.samples.write_samples", write_and_leave_a_part)
+    recipe = built.recipe.model_copy(update={"name": "killed"})
+    samples = build_samples(recipe, built.store, built.index)
+    assert not [entry.path for entry in samples.manifest.files if "unfinished" in entry.path]
 
 
 def _version(built, **sections) -> str:
@@ -156,6 +250,7 @@ def test_samples_plan_version_follows_content(built, tmp_path):
 def test_samples_plan_version_ignores_what_does_not_matter(built):
     before = _version(built)
     assert _version(built, ray={"num_cpus": 1}) == before
+    assert _version(built, samples={"workers": 7}) == before
     assert _version(built, train={"learning_rate": 0.5, "workers": 2}) == before
     assert _version(built, lora={"rank": 64}) == before
     assert _version(built, model={"base": "elsewhere"}) == before
@@ -220,10 +315,11 @@ def test_build_samples_bad_input_is_one_line_and_publishes_nothing(built, tmp_pa
     told = _refused(built, questions={"path": str(tmp_path / "elsewhere.jsonl")})
     assert "none of" in told
     assert "golden passage not in the index" in told
-    no_places = [dataclasses.replace(q, golden=(), split="train") for q in elsewhere]
+    no_places = [dataclasses.replace(q, text=f"Where is {q.question_id}?", golden=(), split="train") for q in elsewhere]
     no_places[0] = dataclasses.replace(no_places[0], split="test_new_questions")
     write_questions(tmp_path / "no_places.jsonl", no_places)
-    assert "no training question" in _refused(built, questions={"path": str(tmp_path / "no_places.jsonl")})
+    told = _refused(built, questions={"path": str(tmp_path / "no_places.jsonl")})
+    assert "none of 0 training questions gave a row: 4 no golden place" in told
 
 
 def test_build_samples_index_of_another_encoder_is_refused_in_one_line(built, tmp_path):
