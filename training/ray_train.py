@@ -1,68 +1,104 @@
-"""Running training workers with Ray Train: claims, progress on the terminal, one clear error.
+"""Running training workers with Ray Train: claims, progress on the terminal, restarts, one clear error.
 
-In: a function for every worker, its arguments, the recipe's `train` section. Out: what the first worker reports.
-A worker tells its progress and its report to a `Board`, a Ray actor, because `fit` blocks until the end.
-Not covered: what a worker does (training/worker.py, training/retriever_worker.py).
+In: a function for every worker, its job, the recipe's `train` section. Out: what the first worker reports.
+A worker tells its progress and its report to a `Board`, a Ray actor, because `fit` blocks until the end. Lost workers
+are replaced `train.restarts` times; what a worker says of the user's input ends the run at once.
+Not covered: what a worker does (training/worker.py, training/retriever_worker.py), where it goes on from.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
-from cluster.progress import track
+from cluster.progress import Bar, say, track
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.train import UserCallback
 
 POLL_S = 0.5
+NEVER_HEALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, NotImplementedError)
+"""What a worker raises that the next one would raise as well; a `UserError` is a `ValueError`."""
 
 
 def refuse_impossible(train: TrainConfig) -> None:
-    """Ray Train would wait for ever for workers that no node can hold.
+    """Ray Train would wait for ever for workers that no node can hold, now or after the cluster has grown.
 
     Raises:
         UserError: naming `train.workers`.
     """
     import ray
+    from ray._private.state import state
 
     has = ray.cluster_resources()
+    may_grow = state.get_max_resources_from_cluster_config() or {}  # what an autoscaler has told the cluster, if any
     needs = {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
     for resource, needed in needs.items():
-        if needed > has.get(resource, 0):
+        most = max(has.get(resource, 0), may_grow.get(resource, 0))
+        if needed > most:
             raise UserError(
-                f"train.workers: {train.workers} workers need {needed:g} {resource}s, the cluster has "
-                f"{has.get(resource, 0):g}; lower train.workers or train.{resource.lower()}s_per_worker"
+                f"train.workers: {train.workers} workers need {needed:g} {resource}s, the cluster has {most:g}; "
+                f"lower train.workers or train.{resource.lower()}s_per_worker"
             )
 
 
+class Teller:
+    """What a worker tells the terminal; only the first worker is heard."""
+
+    def __init__(self, board: ActorHandle, rank: int) -> None:
+        self._board = board if rank == 0 else None
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, Any]) -> None:
+        """Units done so far, units in all, figures to show."""
+        if self._board is not None:
+            self._board.set.remote(done, total, dict(figures))
+
+    def begin(self, done: int, total: int) -> None:
+        """Units that an earlier run did, which must not flatter the rate."""
+        if self._board is not None:
+            self._board.begin.remote(done, total)
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        if self._board is not None:
+            self._board.say.remote(line)
+
+
+def run_worker(arguments: dict[str, Any]) -> None:
+    """Entry point on a Ray Train worker: `work(job, rank, world_size, tell)`."""
+    import ray
+    import ray.train
+
+    board, job = arguments["board"], ray.get(arguments["job"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    report = arguments["work"](job, rank, world_size, Teller(board, rank))
+    if rank == 0:
+        ray.get(board.finish.remote(report))
+
+
 def fit(
-    run_worker: Callable[[dict[str, Any]], None],
-    arguments: Mapping[str, Any],
-    train: TrainConfig,
-    *,
-    label: str,
-    unit: str,
-    storage: str,
+    work: Callable[[Any, int, int, Any], Any], job: Any, train: TrainConfig, *, label: str, unit: str, storage: str
 ) -> Any:
-    """Runs `run_worker({**arguments, "board": board})` on every worker; returns the first one's `board.finish`.
+    """Runs `work(job, rank, world_size, tell)` on every worker; returns what the first one returns.
 
     Args:
-        run_worker: Entry point of a worker.
-        arguments: What it is told, the same for all.
-        train: How many workers, and what each claims.
+        work: What a worker does; a function of a module. `tell` is a `Teller`.
+        job: What it is told, the same for all.
+        train: How many workers, what each claims, how often lost ones are replaced.
         label: What is being done, for the progress line.
-        unit: Plural noun of what `board.set` counts.
-        storage: Directory for Ray Train's own files.
+        unit: Plural noun of what `tell` counts.
+        storage: Directory for Ray Train's own files, which every node reaches.
 
     Raises:
-        UserError: as a worker raised it, or naming `train.workers` where the cluster cannot hold them.
+        UserError: as a worker raised it, or naming `train.workers` where the cluster cannot hold them, or
+            `train.restarts` where workers were lost too often.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -73,7 +109,7 @@ def fit(
     with _board() as board, _shown_progress(board, label, unit):
         trainer = TorchTrainer(
             run_worker,
-            train_loop_config={**arguments, "board": board},
+            train_loop_config={"work": work, "job": ray.put(job), "board": board},
             scaling_config=ScalingConfig(
                 num_workers=train.workers,
                 use_gpu=train.gpus_per_worker > 0,
@@ -81,27 +117,74 @@ def fit(
                 | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}),
             ),
             torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
-            run_config=RunConfig(name=label.replace(" ", "-"), storage_path=storage, failure_config=FailureConfig(0)),
+            run_config=RunConfig(
+                name=label.replace(" ", "-"),
+                storage_path=storage,
+                failure_config=FailureConfig(train.restarts),
+                callbacks=[_judge(board, label, train.restarts)],
+            ),
         )
         try:
             trainer.fit()
         except Exception as error:
-            raise blame(error) from error
+            raise blame(error, train.restarts) from error
         return ray.get(board.report.remote())
 
 
-def blame(error: Exception) -> Exception:
-    """The `UserError` that a worker raised, inside what Ray Train makes of it; any other error as it is."""
-    failures = list((getattr(error, "worker_failures", None) or {}).values())
-    failures.append(getattr(error, "controller_failure", None) or error)
-    for failure in failures:
-        seen: BaseException | None = failure
-        while seen is not None:
-            # Ray's own wrapper is a `UserError` as well, but its text is the traceback.
-            original = getattr(seen, "cause", None) or seen
-            if isinstance(original, UserError):
-                return original
-            seen = seen.__cause__
+def _judge(board: ActorHandle, label: str, restarts: int) -> UserCallback:
+    """Asked by Ray Train's controller when workers fail: an exception that it raises ends the run instead of
+    replacing the workers."""
+    from ray.train import UserCallback
+
+    class Judge(UserCallback):  # type: ignore[misc]  # Ray is untyped
+        lost = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                found = root_cause(error)
+                if isinstance(found, NEVER_HEALS):
+                    raise found
+            self.lost += 1
+            if self.lost <= restarts:
+                which = ", ".join(map(str, sorted(worker_exceptions)))
+                board.say.remote(
+                    f"{label}: worker {which} was lost; new ones go on from the last checkpoint "
+                    f"(restart {self.lost} of {restarts})"
+                )
+
+    return Judge()
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised first: the `UserError` where there is one, otherwise the end of the chain of causes."""
+    seen: BaseException | None = error
+    last = error
+    while seen is not None:
+        # Ray's own wrapper is a `UserError` as well, but its text is the traceback.
+        last = getattr(seen, "cause", None) or seen
+        if isinstance(last, UserError):
+            return last
+        seen = last.__cause__
+    return last
+
+
+def blame(error: Exception, restarts: int = 0) -> Exception:
+    """The `UserError` that a worker raised, inside what Ray Train makes of it, or one about workers that were lost
+    too often; any other error as it is."""
+    from ray.exceptions import RayActorError
+
+    failures = dict(getattr(error, "worker_failures", None) or {})
+    controller = getattr(error, "controller_failure", None)
+    for failure in [*failures.values(), controller or error]:
+        if isinstance(found := root_cause(failure), UserError):
+            return found
+    lost = [rank for rank, failure in failures.items() if isinstance(root_cause(failure), RayActorError)]
+    if lost:
+        times = "once" if restarts == 0 else f"{restarts + 1} times"
+        return UserError(
+            f"train.restarts: workers were lost {times}, at last worker {lost[0]} (killed, or out of memory: lower "
+            "train.micro_batch_tokens then); run the same command again to go on from the last checkpoint"
+        )
     return error
 
 
@@ -110,7 +193,27 @@ class Board:
 
     def __init__(self) -> None:
         self._done: tuple[int, int, dict[str, Any]] = (0, 0, {})
+        self._earlier = 0
+        self._lines: list[str] = []
         self._report: Any = None
+
+    def begin(self, done: int, total: int) -> None:
+        """Units that an earlier run did, units in all."""
+        self._earlier = done
+        self._done = (done, total, {})
+
+    def earlier(self) -> int:
+        """Of `begin`."""
+        return self._earlier
+
+    def say(self, line: str) -> None:
+        """Keep a line for the terminal."""
+        self._lines.append(line)
+
+    def take_lines(self) -> list[str]:
+        """Lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
 
     def set(self, done: int, total: int, figures: dict[str, Any]) -> None:
         """Units done so far, units in all, figures to show."""
@@ -131,9 +234,12 @@ class Board:
 
 @contextmanager
 def _board() -> Iterator[ActorHandle]:
+    """On the driver's own node: one that it shares with a worker may be lost."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     try:
         yield board
     finally:
@@ -142,33 +248,44 @@ def _board() -> Iterator[ActorHandle]:
 
 @contextmanager
 def _shown_progress(board: ActorHandle, label: str, unit: str) -> Iterator[None]:
-    """Shows units done, rate, ETA and figures while the block runs; the trainer itself blocks until the end."""
-    import ray
-
+    """Shows units done, rate, ETA and figures while the block runs, and what workers say; the trainer itself blocks
+    until the end."""
     ended = threading.Event()
-
-    def show() -> None:
-        done, total = 0, 0
-        while not total and not ended.is_set():
-            time.sleep(POLL_S)
-            _, total, _ = ray.get(board.done.remote())
-        if not total:
-            return
-        with track(label, total, unit) as bar:
-            while done < total:
-                stop = ended.is_set()
-                now, _, figures = ray.get(board.done.remote())
-                if now > done:
-                    bar.advance(now - done, **figures)
-                    done = now
-                if stop:
-                    break
-                time.sleep(POLL_S)
-
-    watcher = threading.Thread(target=show, daemon=True)
+    watcher = threading.Thread(target=_show, args=(board, label, unit, ended), daemon=True)
     watcher.start()
     try:
         yield
     finally:
         ended.set()
         watcher.join(timeout=10)
+
+
+def _show(board: ActorHandle, label: str, unit: str, ended: threading.Event) -> None:
+    import ray
+
+    def look() -> tuple[int, int, dict[str, Any]]:
+        for line in ray.get(board.take_lines.remote()):
+            say(line)
+        found: tuple[int, int, dict[str, Any]] = ray.get(board.done.remote())
+        return found
+
+    total = 0
+    while not total and not ended.wait(POLL_S):
+        _, total, _ = look()
+    if not total:
+        look()
+        return
+    with track(label, total, unit) as bar:
+        bar.skip(ray.get(board.earlier.remote()))
+        stop = False
+        while not stop:
+            stop = ended.is_set()
+            _advance(bar, *look())
+            if not stop:
+                ended.wait(POLL_S)
+
+
+def _advance(bar: Bar, done: int, total: int, figures: Mapping[str, Any]) -> None:
+    """Workers that go on from a checkpoint are behind for a while: the bar waits for them."""
+    if done > bar.done:
+        bar.advance(done - bar.done, **figures)

@@ -22,16 +22,15 @@ from cluster.session import ray_session
 from cluster.stage import Outcome, Plan, run_stage
 from retrieval.encoder import BASE_INPUT, encoder_digest, encoder_directory
 from retrieval.metrics import bootstrap
-from retrieval.questions import read_questions
 from retrieval.records import Question
 from training.config import TrainingRecipe
 from training.ray_train import fit
 from training.retriever_measure import DECIDES, SHOWN, choose_pool
 from training.retriever_mining import HELD_OUT, TRAINING, VALIDATION, Mined, mine, open_dense, untuned
 from training.retriever_rows import split_validation
-from training.retriever_worker import RetrieverJob, RetrieverReport, run_worker
+from training.retriever_worker import RetrieverJob, RetrieverReport, train
 from training.samples import questions_inputs, require_questions
-from training.splits import SPLITS, TRAIN, assign_splits, held_out_documents, spread
+from training.splits import SPLITS, TRAIN, held_out_documents, prepare_questions, spread
 
 if TYPE_CHECKING:
     from cluster.store import Artifact, Attempt, Store
@@ -122,8 +121,7 @@ def divide_questions(recipe: TrainingRecipe) -> DividedQuestions:
     Raises:
         UserError: naming `questions.path`, where there is nothing to train, validate or measure on.
     """
-    tests = read_questions(recipe.questions.test_path, "questions.test_path") if recipe.questions.test_path else None
-    split = assign_splits(read_questions(recipe.questions.path), tests, recipe.questions, recipe.seed)
+    split = prepare_questions(recipe).questions
     placed = [question for question in split if question.golden]
     asked = spread([q for q in placed if q.split == TRAIN], recipe.retriever.max_questions, recipe.seed)
     training, validation, documents = split_validation(asked, recipe.retriever.validation_fraction, recipe.seed)
@@ -214,11 +212,9 @@ def _job(
 
 def _fit(recipe: TrainingRecipe, job: RetrieverJob) -> RetrieverReport:
     """Runs the workers to their end and returns what the first of them reports."""
-    import ray
-
     report: RetrieverReport = fit(
-        run_worker,
-        {"job": ray.put(job)},
+        train,
+        job,
         recipe.train,
         label="train retriever",
         unit="steps",

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import UserError
 from retrieval.encoder import EncoderSource, encoder_directory, resolve_precision
 from retrieval.records import Question
+from training.adapter_files import copy_directory
 from training.config import TrainingRecipe
+from training.lora_engine import GRADIENT_CLIP, learning_rate_at
 from training.retriever_checkpoint import Progress, load_checkpoint, save_checkpoint
 from training.retriever_measure import DECIDES, Pool, rank, score
 from training.retriever_rows import TrainingRow, plan_batches
 from training.retriever_step import Task, contrastive_step, embed_all
-from training.worker import GRADIENT_CLIP, copy_directory, learning_rate_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,25 +69,6 @@ class RetrieverReport:
     precision: str
     """In which passages were embedded to validate and measure; training itself is in float32, on GPUs under bfloat16
     autocast."""
-
-
-def run_worker(arguments: dict[str, Any]) -> None:
-    """Entry point on a Ray Train worker."""
-    import ray
-    import ray.train
-
-    job: RetrieverJob = ray.get(arguments["job"])
-    board = arguments["board"]
-    context = ray.train.get_context()
-    rank_, world_size = context.get_world_rank(), context.get_world_size()
-
-    def tell(done: int, total: int, figures: dict[str, Any]) -> None:
-        if rank_ == 0:
-            board.set.remote(done, total, figures)
-
-    report = train(job, rank_, world_size, tell)
-    if rank_ == 0:
-        ray.get(board.finish.remote(report))
 
 
 def train(job: RetrieverJob, rank: int, world_size: int, tell: Tell) -> RetrieverReport:

@@ -1,34 +1,69 @@
-"""One Ray Train worker: base model, LoRA, DeepSpeed, the loop over steps, the adapter at the end.
+"""One Ray Train worker: the loop over optimiser steps, validation, checkpoints, the adapter at the end.
 
-In: a `WorkerConfig`, the same for every worker. Out: the PEFT directory, written by the first worker, and its
-`WorkerReport`. Every worker follows the same plan of steps and takes its share of each, so that the loss of a step is
-weighted by the target tokens of all workers, without asking them.
-Not covered: starting workers, publishing (training/lora.py).
+In: a `WorkerConfig`, the same for every worker. Out: the PEFT directory and `history.jsonl`, written by the first
+worker, and its `WorkerReport`. Every worker follows the same plan of steps and takes its share of each; a step's loss
+is the mean over the target tokens of all workers and micro-batches, so that the result depends on neither of them.
+What an interrupted run left in its work place is taken up, by any number of workers under any ZeRO stage.
+Not covered: starting workers (training/ray_train.py), publishing (training/lora.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
-import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import UserError
-from training.base_model import base_model_directory, load_model, load_tokenizer, model_dtype
-from training.batching import TokenRow, collate, plan_steps, share_of_step, summed_loss, tokenise
-from training.config import LoraSection, TrainingRecipe
+from cluster.storage import OBJECT_SCHEMES
+from training.adapter_checkpoint import Checkpoint, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.adapter_files import copy_directory, save_adapter
+from training.adapter_state import (
+    adapter_weights,
+    all_finite,
+    optimizer_state,
+    set_adapter_weights,
+    set_optimizer_state,
+    trainable_parameters,
+)
+from training.base_model import base_model_directory, load_tokenizer, model_dtype
+from training.batching import make_batch, micro_batches, plan_steps, summed_loss
+from training.config import TrainingRecipe
+from training.final_checks import FinalFigures, final_checks
+from training.flops import lora_shape, mfu
 from training.format import PromptFormat
+from training.lora_engine import learning_rate_at, load_engine, one_reduction, set_learning_rate
+from training.records import Objective
+from training.token_rows import TokenRows
+from training.trackers import Tracker, open_tracker
+from training.validation import EarlyStop, Measured, Validator, validation_steps
 
 if TYPE_CHECKING:
     import torch
 
     from cluster.store import Artifact
 
-Objective = Literal["raft", "dsf"]
-GRADIENT_CLIP = 1.0
+HISTORY = "history.jsonl"
+TRACKER = "tensorboard"
+
+
+class Tell(Protocol):
+    """What the loop tells the user; see `training.ray_train.Teller`."""
+
+    def __call__(self, done: int, total: int, figures: dict[str, Any]) -> None:
+        """Tokens done so far, tokens in all, figures to show."""
+
+    def begin(self, done: int, total: int) -> None:
+        """Tokens that an earlier run did, tokens in all."""
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
 
 
 @dataclass(frozen=True)
@@ -41,47 +76,52 @@ class WorkerConfig:
     objective: Objective
     epochs: int
     batch_rows: int
+    patience: int
+    """Validations without a gain that end training; 0: none do, and the last state is kept."""
+    tokens: str
+    """Where `training.token_rows.write_token_rows` wrote."""
+    work: str
+    """Where checkpoints lie; any worker can write there."""
+    plan: str
+    """The artifact that is built: checkpoints of another are never used."""
     uri: str
     """Where the adapter is written; any worker can write there."""
+    replaces: Artifact | None = None
+    """An adapter to measure on the same validation rows."""
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What the first worker says of the run."""
+    """What the first worker says of the run; figures include what interrupted runs did before."""
 
     rows: int
-    rows_too_long: int
+    """Training rows of an epoch."""
+    steps: int
+    """Planned; fewer are taken when training stops early."""
+    losses: tuple[float, ...]
+    """Mean cross-entropy per target token of every step taken."""
+    history: tuple[dict[str, Any], ...]
+    """Rows of `history.jsonl`."""
+    best_step: int
+    """Steps taken when the state that is kept was measured."""
+    stopped_early: bool
+    resumed_at: int
+    """Step that an earlier run had reached, 0 for a fresh one."""
     tokens: int
     target_tokens: int
-    losses: tuple[float, ...]
-    """Mean cross-entropy per target token of every step."""
     seconds: float
+    """Of steps and validations."""
     padding_share: float
     trainable_parameters: int
     device: str
     precision: str
+    mfu: float | None
+    """Model FLOPs utilisation; none where the device has no known peak."""
+    checks: FinalFigures
+    """What was measured of the adapter that is left."""
 
 
-def run_worker(arguments: dict[str, Any]) -> None:
-    """Entry point on a Ray Train worker."""
-    import ray
-    import ray.train
-
-    config: WorkerConfig = arguments["config"]
-    board = arguments["board"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-
-    def tell(done: int, total: int, figures: dict[str, Any]) -> None:
-        if rank == 0:
-            board.set.remote(done, total, figures)
-
-    report = train(config, rank, world_size, tell)
-    if rank == 0:
-        ray.get(board.finish.remote(report))
-
-
-def train(config: WorkerConfig, rank: int, world_size: int, tell: Any) -> WorkerReport:
+def train(config: WorkerConfig, rank: int, world_size: int, tell: Tell) -> WorkerReport:
     """Trains; torch.distributed must be initialised.
 
     Args:
@@ -91,225 +131,280 @@ def train(config: WorkerConfig, rank: int, world_size: int, tell: Any) -> Worker
         tell: Called after every step with tokens done, tokens in all, and figures.
 
     Raises:
-        UserError: No row fits `train.max_tokens`, or the loss is not finite.
+        UserError: The loss is not finite, or a checkpoint cannot be written.
     """
     import torch
 
     recipe = TrainingRecipe.model_validate(config.recipe)
-    on_gpu = recipe.train.gpus_per_worker > 0
-    if not on_gpu:
-        torch.set_num_threads(recipe.train.threads_per_worker)
-    rows, too_long = _load_rows(config, recipe)
-    steps = plan_steps([len(row.input_ids) for row in rows], config.batch_rows, config.epochs, recipe.seed)
-    torch.manual_seed(recipe.seed)
-    dtype = model_dtype(recipe.model.precision)
-    model = _with_lora(recipe, dtype)
-    engine = _deepspeed_engine(model, recipe, config.batch_rows, dtype)
-    device = engine.device
-    pad = load_tokenizer(base_model_directory(recipe.model)).pad_token_id
-    total_tokens = sum(len(rows[i].input_ids) for step in steps for i in step)
-    done_tokens = padded_tokens = 0
-    losses: list[float] = []
-    tell(0, total_tokens, {})
-    began = time.monotonic()
-    for number, step in enumerate(steps):
-        _set_learning_rate(engine, recipe, number, len(steps))
-        target_tokens = sum(rows[i].target_tokens for i in step)
-        share = share_of_step(step, rank, world_size)
-        # A short last step can leave a worker without a row: it computes one and counts it as nothing, because every
-        # worker must take part in the exchange of gradients.
-        batch = collate([rows[i] for i in share or step[:1]], pad)
-        loss = summed_loss(engine, _to_device(batch, device)) * (1.0 if share else 0.0)
-        # DeepSpeed averages gradients over workers: `world_size` turns that mean into the sum over all target tokens.
-        engine.backward(loss * world_size / target_tokens)
-        engine.step()
-        mean = _sum_over_workers(loss.detach(), world_size) / target_tokens
-        if not math.isfinite(mean):
-            raise UserError(f"train.learning_rate: the loss became {mean} at step {number + 1}; lower it")
-        losses.append(mean)
-        done_tokens += sum(len(rows[i].input_ids) for i in step)
-        padded_tokens += batch.input_ids.numel() * len(step) // max(1, len(share or step[:1]))
-        tell(done_tokens, total_tokens, {"loss": mean})
-    seconds = time.monotonic() - began
-    _save_adapter(engine, config.uri, rank, recipe.model.base, recipe.train.zero_stage)
-    return WorkerReport(
-        rows=len(rows),
-        rows_too_long=too_long,
-        tokens=done_tokens,
-        target_tokens=sum(rows[i].target_tokens for step in steps for i in step),
-        losses=tuple(losses),
-        seconds=seconds,
-        padding_share=1 - done_tokens / padded_tokens,
-        trainable_parameters=sum(_full_size(p) for p in model.parameters() if p.requires_grad),
-        device=torch.cuda.get_device_name() if on_gpu else "cpu",
-        precision=str(dtype).removeprefix("torch."),
-    )
-
-
-def _load_rows(config: WorkerConfig, recipe: TrainingRecipe) -> tuple[list[TokenRow], int]:
-    from training.samples import load_samples
-
-    tokenizer = load_tokenizer(base_model_directory(recipe.model))
-    rows = tokenise(load_samples(config.samples, config.objective), tokenizer, config.prompt_format)
-    fitting = [row for row in rows if len(row.input_ids) <= recipe.train.max_tokens]
-    if not fitting:
-        raise UserError(
-            f"train.max_tokens: none of {len(rows)} rows has at most {recipe.train.max_tokens} tokens; raise it"
-        )
-    return fitting, len(rows) - len(fitting)
-
-
-def _with_lora(recipe: TrainingRecipe, dtype: torch.dtype) -> Any:
-    model = load_model(base_model_directory(recipe.model), dtype)
-    return with_lora(model, recipe.lora, recipe.train.gradient_checkpointing)
-
-
-def with_lora(model: Any, lora: LoraSection, gradient_checkpointing: bool = False) -> Any:
-    """The model with a fresh LoRA adapter, in training mode.
-
-    The adapter keeps the model's dtype: float32 adapters inside a bfloat16 model halved the speed on CPU. Precision is
-    kept where it matters, in the optimiser's float32 master weights.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    named = [name.strip() for name in lora.target_modules.split(",")]
-    modules = lora.target_modules if lora.target_modules == "all-linear" else named
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=modules,
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    if gradient_checkpointing:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted.train()
-
-
-def _deepspeed_engine(model: Any, recipe: TrainingRecipe, batch_rows: int, dtype: torch.dtype) -> Any:
     if recipe.train.gpus_per_worker == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import torch
-
-    _compile_nothing()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=trainable,
-        optimizer=torch.optim.AdamW(trainable, lr=recipe.train.learning_rate, weight_decay=0.0),
-        config=deepspeed_config(recipe, batch_rows, bfloat16=dtype == torch.bfloat16),
-        dist_init_required=False,
-    )
-    return engine
+        torch.set_num_threads(recipe.train.threads_per_worker)
+    run = _Run(config, recipe, rank, world_size, tell)
+    try:
+        run.train()
+        return run.finish()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "train.micro_batch_tokens: the GPU's memory is too small for "
+            f"{recipe.train.micro_batch_tokens} tokens at once; lower it, or set train.gradient_checkpointing"
+        ) from error
+    finally:
+        run.tracker.close()
 
 
-def _compile_nothing() -> None:
-    """Tells DeepSpeed that none of its optional C++ ops can be built.
+class _Run:
+    """The state of one worker."""
 
-    On CPU its communication would compile a shared-memory all-reduce at first use, which takes a minute and a C++
-    compiler, and of which only its inference makes use: training exchanges gradients through torch.distributed. This
-    is the table that DeepSpeed itself consults for platforms without the op; filling it also saves the compiler runs
-    with which it would be filled.
-    """
-    import deepspeed.ops
+    def __init__(self, config: WorkerConfig, recipe: TrainingRecipe, rank: int, world_size: int, tell: Tell) -> None:
+        self.config, self.recipe, self.rank, self.world_size, self.tell = config, recipe, rank, world_size, tell
+        self.rows = TokenRows.open(config.tokens)
+        self.steps = plan_steps(self.rows.lengths, config.batch_rows, config.epochs, recipe.seed)
+        self.validate_after = set(validation_steps(len(self.steps), config.epochs, recipe.train.validations_per_epoch))
+        self.validator = Validator.open(recipe, config.samples, config.objective, config.prompt_format)
+        self.pad = load_tokenizer(base_model_directory(recipe.model)).pad_token_id
+        self.dtype = model_dtype(recipe.model.precision)
+        self.engine = load_engine(recipe, self.dtype)
+        self.early = EarlyStop(config.patience)
+        self.progress = Progress(plan=f"{config.plan}/{_digest(self.steps)}")
+        self.best: dict[str, torch.Tensor] = {}
+        """Adapter weights of the state that is kept."""
+        self.measured: Measured | None = None
+        """Its validation, where this process made it."""
+        self.saved_at = time.monotonic()
+        self.saved_step = 0
+        self.resumed_at = self._resume()
+        self.tracker = self._open_tracker()
+        shape = lora_shape(self.engine.module)
+        target_share = float(self.rows.target_tokens.sum() / self.rows.lengths.sum())
+        mean_tokens = float(self.rows.lengths.mean())
+        self.flops = None if shape is None else shape.flops_per_token(mean_tokens, target_share)
 
-    deepspeed.ops.__compatible_ops__ = {}
+    @property
+    def device_name(self) -> str:
+        """A GPU's name, or `cpu`."""
+        import torch
 
+        return torch.cuda.get_device_name() if self.recipe.train.gpus_per_worker else "cpu"
 
-def deepspeed_config(recipe: TrainingRecipe, batch_rows: int, *, bfloat16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one micro-batch per step."""
-    threshold = recipe.train.zero3_persistence_threshold
-    persistence = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
-    return {
-        "train_micro_batch_size_per_gpu": math.ceil(batch_rows / recipe.train.workers),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": GRADIENT_CLIP,
-        "bf16": {"enabled": bfloat16},
-        "zero_optimization": {"stage": recipe.train.zero_stage} | persistence,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
+    def train(self) -> None:
+        """The steps that are left."""
+        total = sum(int(self.rows.lengths[step].sum()) for step in self.steps)
+        self.tell.begin(self.progress.tokens, total)
+        for number in range(self.progress.step, len(self.steps)):
+            if self.early.stopped:
+                break
+            figures = self._step(number)
+            validating = number + 1 in self.validate_after and self.validator is not None
+            if validating:
+                figures |= self._validate()
+            if figures.pop("checkpoint") or validating:
+                self._checkpoint()
+            self.tell(self.progress.tokens, total, figures)
+        if self.saved_step < self.progress.step:
+            self._checkpoint()  # what follows, and a build that is refused at its end, need not train again
 
+    def finish(self) -> WorkerReport:
+        """Goes back to the state that is kept, writes it, and measures it."""
+        if self.best:
+            set_adapter_weights(self.engine, self.best)
+        weights = self.best or adapter_weights(self.engine)
+        progress = self.progress
+        if self.rank == 0:
+            save_adapter(self.engine.module, weights, self.recipe.model.base, self.config.uri)
+            self._write_history()
+        trainable = sum(int(getattr(p, "ds_numel", p.numel())) for p in trainable_parameters(self.engine).values())
+        checks = final_checks(
+            self.engine,
+            self.validator,
+            self.recipe,
+            self.config.replaces,
+            self.rank,
+            self.world_size,
+            self.measured if self.early.best_step else None,
+        )
+        return WorkerReport(
+            rows=len(self.rows),
+            steps=len(self.steps),
+            losses=progress.losses,
+            history=progress.history,
+            best_step=self.early.best_step or progress.step,
+            stopped_early=progress.step < len(self.steps),
+            resumed_at=self.resumed_at,
+            tokens=progress.tokens,
+            target_tokens=progress.target_tokens,
+            seconds=progress.seconds,
+            padding_share=1 - progress.tokens / progress.computed_tokens,
+            trainable_parameters=trainable,
+            device=self.device_name,
+            precision=str(self.dtype).removeprefix("torch."),
+            mfu=self._mfu(progress.tokens / progress.seconds),
+            checks=checks,
+        )
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
-    """Linear warm-up to `peak`, then linear decay towards 0; `step` counts from 0."""
-    warmup = max(1, round(steps * warmup_fraction))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (steps - step) / max(1, steps - warmup)
-
-
-def _set_learning_rate(engine: Any, recipe: TrainingRecipe, step: int, steps: int) -> None:
-    rate = learning_rate_at(step, steps, recipe.train.learning_rate, recipe.train.warmup_fraction)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _to_device(batch: Any, device: Any) -> Any:
-    moved = {name: getattr(batch, name).to(device) for name in type(batch).__dataclass_fields__}
-    return type(batch)(**moved)
-
-
-def _sum_over_workers(loss: torch.Tensor, world_size: int) -> float:
-    import torch
-
-    total = loss.clone()
-    if world_size > 1:
-        torch.distributed.all_reduce(total)
-    return float(total)
-
-
-def _full_size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _save_adapter(engine: Any, uri: str, rank: int, base: str, zero_stage: int) -> None:
-    """Writes the PEFT directory from the first worker; under ZeRO-3 all workers gather the parameters first."""
-    import contextlib
-
-    import deepspeed
-    from peft import get_peft_model_state_dict
-
-    model = engine.module
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    gathered = deepspeed.zero.GatheredParameters(trainable) if zero_stage == 3 else contextlib.nullcontext()
-    with gathered:
-        if rank != 0:
-            return
-        state = {
-            name: value.detach().cpu().contiguous().clone() for name, value in get_peft_model_state_dict(model).items()
+    def _step(self, number: int) -> dict[str, Any]:
+        """One optimiser step; returns figures to show, and under `checkpoint` whether one is due."""
+        began = time.monotonic()
+        step, train = self.steps[number], self.recipe.train
+        rate = learning_rate_at(number, len(self.steps), train.learning_rate, train.warmup_fraction)
+        set_learning_rate(self.engine, rate)
+        target_tokens = int(self.rows.target_tokens[step].sum())
+        due = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
+        loss, computed, checkpoint = self._summed(*self._accumulate(number, target_tokens), float(due))
+        if not math.isfinite(loss):
+            raise UserError(self._diverged(f"the loss became {loss}", number + 1, rate))
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            raise UserError(self._diverged("the gradient is not finite", number + 1, rate))
+        seconds = time.monotonic() - began
+        tokens = int(self.rows.lengths[step].sum())
+        epoch, done = number * self.config.epochs // len(self.steps) + 1, self.progress.tokens + tokens
+        row: dict[str, Any] = {
+            "step": number + 1,
+            "epoch": epoch,
+            "tokens": done,
+            "loss": round(loss, 6),
+            "learning_rate": rate,
+            "tokens_per_second": round(tokens / seconds, 1),
         }
-    empty = [name for name, value in state.items() if value.numel() == 0]
-    assert not empty, f"adapter weights were not gathered: {empty[:3]}"
-    if not all(bool(value.isfinite().all()) for value in state.values()):
-        raise UserError("train.learning_rate: the last step left weights that are not finite; lower it")
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapter(Path(folder), model, state, base)
-        copy_directory(folder, uri)
+        utilisation = self._mfu(tokens / seconds)
+        if utilisation is not None:
+            row["mfu"] = round(utilisation, 4)
+        self._record(row)
+        self.progress = dataclasses.replace(
+            self.progress,
+            step=number + 1,
+            epoch=epoch,
+            tokens=done,
+            seconds=self.progress.seconds + seconds,
+            computed_tokens=self.progress.computed_tokens + int(computed),
+            target_tokens=self.progress.target_tokens + target_tokens,
+        )
+        return {name: row[name] for name in ("loss", "mfu") if name in row} | {"checkpoint": checkpoint > 0}
+
+    def _accumulate(self, number: int, target_tokens: int) -> tuple[float, float]:
+        """Gradients of this worker's share of a step; returns its part of the loss, and the tokens that it computed."""
+        import torch
+
+        train = self.recipe.train
+        # Dropout follows from the step, not from how the run came to it.
+        torch.manual_seed(_seed(self.recipe.seed, number, self.rank))
+        mine = micro_batches(
+            self.steps[number], self.rows.lengths, self.rank, self.world_size, train.micro_batch_tokens, train.packing
+        )
+        loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        computed = 0
+        with one_reduction(self.engine, len(mine)) as announce:
+            for place, micro in enumerate(mine):
+                announce(place)
+                batch = make_batch([self.rows[row] for row in micro], self.pad, train.packing)
+                summed = summed_loss(self.engine, batch.to(self.engine.device))
+                # DeepSpeed averages gradients over workers: `world_size` turns that mean into a sum.
+                self.engine.backward(summed * (self.world_size / target_tokens))
+                loss += summed.detach().double() / target_tokens
+                computed += batch.tokens
+        return float(loss), float(computed)
+
+    def _summed(self, *mine: float) -> tuple[float, ...]:
+        """Sums over workers."""
+        import torch
+
+        if self.world_size == 1:
+            return mine
+        values = torch.tensor(mine, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(values)
+        return tuple(values.tolist())
+
+    def _validate(self) -> dict[str, Any]:
+        """Measures on the validation rows, and keeps the state if it is the best."""
+        assert self.validator is not None, "validated without rows"
+        began = time.monotonic()
+        measured = self.validator.measure(self.engine, self.rank, self.world_size)
+        step = self.progress.step
+        self.early = self.early.after(step, measured.loss)
+        if self.early.best_step == step:
+            self.best = adapter_weights(self.engine)
+            self.measured = measured
+        self._record({"step": step, **measured.figures()})
+        seconds = self.progress.seconds + time.monotonic() - began
+        self.progress = dataclasses.replace(self.progress, early=dataclasses.asdict(self.early), seconds=seconds)
+        return {"validation": measured.loss}
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.progress = dataclasses.replace(self.progress, history=(*self.progress.history, row))
+        if self.rank == 0:
+            self.tracker.log(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def _checkpoint(self) -> None:
+        """All workers gather; the first one writes."""
+        state = optimizer_state(self.engine)
+        if not all_finite(state):  # the same on all workers
+            rate = self.progress.history[-1].get("learning_rate", self.recipe.train.learning_rate)
+            raise UserError(self._diverged("weights are not finite", self.progress.step, rate))
+        if self.rank == 0:
+            save_checkpoint(self.config.work, Checkpoint(self.progress, state, self.best))
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+
+    def _resume(self) -> int:
+        """Continues from the newest checkpoint, if there is one; returns its step."""
+        number = 0
+        if self.rank == 0:
+            number = latest_checkpoint(self.config.work, self.progress.plan, self.tell.say)
+        number = int(self._summed(float(number))[0])
+        if not number:
+            return 0
+        found = load_checkpoint(self.config.work, number)
+        set_optimizer_state(self.engine, found.state, found.progress.step)
+        self.progress, self.best = found.progress, dict(found.best)
+        if self.progress.early:
+            self.early = EarlyStop(**{**self.progress.early, "patience": self.config.patience})
+        self.saved_step = self.progress.step
+        self.tell.say(f"train: going on from step {self.progress.step} of {len(self.steps)}")
+        return self.progress.step
+
+    def _diverged(self, what: str, step: int, rate: float) -> str:
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint yet"
+        return (
+            f"train.learning_rate: {what} at step {step}, at a rate of {rate:.3g}; lower it, which begins a new run "
+            f"({kept} in {self.config.work})"
+        )
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.flops is None:
+            return None
+        precision = str(self.dtype).removeprefix("torch.")
+        return mfu(tokens_per_second, self.flops, self.device_name, precision, self.world_size)
+
+    def _open_tracker(self) -> Tracker:
+        """In the work directory, where TensorBoard can watch it and a later run goes on; with an object store in a
+        directory of this machine."""
+        here = self.config.work.startswith(OBJECT_SCHEMES)
+        self.curves = Path(tempfile.mkdtemp(prefix="rayft-")) if here else Path(self.config.work) / TRACKER
+        recipe = self.recipe
+        if self.rank != 0:
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tracker": "none"})})
+        fresh = not self.curves.is_dir() or not any(self.curves.iterdir())
+        name = self.config.plan.replace("/", "-")
+        first = 0 if fresh else self.resumed_at
+        tracker = open_tracker(recipe, self.curves, name, first_step=first, warn=self.tell.say)
+        if self.rank == 0 and fresh:
+            for row in self.progress.history:
+                tracker.log(row["step"], {key: value for key, value in row.items() if key != "step"})
+        return tracker
+
+    def _write_history(self) -> None:
+        """`history.jsonl` and the event files, beside the adapter."""
+        self.tracker.close()
+        with tempfile.TemporaryDirectory() as folder:
+            lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
+            (Path(folder) / HISTORY).write_text(lines, encoding="utf-8")
+            copy_directory(folder, self.config.uri)
+        if self.recipe.train.tracker == "tensorboard" and self.curves.is_dir():
+            copy_directory(str(self.curves), f"{self.config.uri}/{TRACKER}")
 
 
-def write_adapter(directory: Path, model: Any, state: dict[str, torch.Tensor], base: str) -> None:
-    """The two files that plain PEFT loads; the base model goes by its recipe name, not by a path of this machine."""
-    from safetensors.torch import save_file
-
-    save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    config.save_pretrained(str(directory))
+def _digest(steps: Sequence[Sequence[int]]) -> str:
+    """Of a plan of steps."""
+    return hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
 
 
-def copy_directory(folder: str, uri: str) -> None:
-    """Copies a local folder below a directory that any worker can write to."""
-    import pyarrow.fs as pafs
-
-    from retrieval.documents import open_filesystem
-
-    filesystem, inner = open_filesystem(uri)
-    filesystem.create_dir(inner, recursive=True)
-    pafs.copy_files(folder, inner, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
