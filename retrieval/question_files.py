@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,11 @@ _CONTEXT = "context"
 _TITLE = "title"
 _OWN_KEYS = ("id", "question", "answers", "is_impossible", "plausible_answers")
 
+_DEFAULT = QuestionColumns()
+
 Row = dict[str, Any]
+Numbered = tuple[str, int, Row | Exception]
+"""Its place in the file in words, its number from 1, and the row or what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -57,49 +61,62 @@ class Asked:
     """Where it stands in its file: `:7`, `, row 7` or `: data[0].paragraphs[3].qas[1]`."""
 
 
-def read_asked(file: Path, shown: str, columns: QuestionColumns) -> Iterator[Asked]:
+def read_asked(file: Path, shown: str, columns: QuestionColumns, *, named: bool = True) -> Iterator[Asked]:
     """The questions of one file.
 
     Args:
         file: Which.
         shown: Recipe key and path, to begin errors with.
         columns: Of row formats.
+        named: Whether columns that the recipe names must be there; otherwise that of the text alone.
 
     Raises:
         UserError: a file of another format, a column that is not there, a row that is no question.
     """
     kind = file.suffix.lower()
+    required = {part for part, name in columns.model_dump().items() if named and name != getattr(_DEFAULT, part)}
     try:
         if kind == ".json":
             yield from _squad(file, shown)
         elif kind == ".jsonl":
-            yield from _questions(_json_lines(file), file.name, shown, columns, cells=False)
+            yield from _json_questions(file, shown, columns, required)
         elif kind == ".csv":
-            yield from _questions(_csv_rows(file, shown, columns), file.name, shown, columns, cells=True)
+            yield from _questions(_csv_rows(file, shown, columns, required), file, shown, columns, cells=True)
         elif kind == ".parquet":
-            yield from _questions(_parquet_rows(file, shown, columns), file.name, shown, columns, cells=True)
+            yield from _questions(_parquet_rows(file, shown, columns, required), file, shown, columns, cells=True)
         else:
             raise UserError(f"{shown} is of no known format: give {FORMATS}")
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {one_line(error)}") from error
 
 
-def _json_lines(file: Path) -> Iterator[tuple[str, int, Row | Exception]]:
+def _json_questions(file: Path, shown: str, columns: QuestionColumns, required: set[str]) -> Iterator[Asked]:
+    """Rows may differ: a column is missed only when no row has it."""
+    seen: dict[str, None] = {}
+    yield from _questions(_json_lines(file, seen), file, shown, columns, cells=False)
+    if seen:
+        _require_columns(seen, shown, columns, required)
+
+
+def _json_lines(file: Path, seen: dict[str, None]) -> Iterator[Numbered]:
     with file.open("rb") as raw:
         stream, _ = utf8_stream(raw)
         for number, line in enumerate(stream, start=1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 try:
-                    yield f":{number}", number, json_row(line)
+                    row = json_row(line)
                 except RowError as error:
                     yield f":{number}", number, error
+                    continue
+                seen.update(dict.fromkeys(row))
+                yield f":{number}", number, row
 
 
-def _csv_rows(file: Path, shown: str, columns: QuestionColumns) -> Iterator[tuple[str, int, Row | Exception]]:
+def _csv_rows(file: Path, shown: str, columns: QuestionColumns, required: set[str]) -> Iterator[Numbered]:
     with file.open("rb") as raw:
         stream, _ = utf8_stream(raw)
         header, delimiter, begin = read_header(stream, columns.text)
-        _require_columns(header, shown, columns)
+        _require_columns(header, shown, columns, {"text", *required})
         stream.seek(begin)
         parts = set(columns.model_dump().values())
         for number, (_, record) in enumerate(csv_records(stream, delimiter), start=1):
@@ -111,7 +128,7 @@ def _csv_rows(file: Path, shown: str, columns: QuestionColumns) -> Iterator[tupl
             yield f", row {number}", number, row
 
 
-def _parquet_rows(file: Path, shown: str, columns: QuestionColumns) -> Iterator[tuple[str, int, Row | Exception]]:
+def _parquet_rows(file: Path, shown: str, columns: QuestionColumns, required: set[str]) -> Iterator[Numbered]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -119,7 +136,7 @@ def _parquet_rows(file: Path, shown: str, columns: QuestionColumns) -> Iterator[
     try:
         with pq.ParquetFile(file) as parquet:
             names = [column.name for column in parquet.schema_arrow if not is_binary(column.type)]
-            _require_columns(names, shown, columns)
+            _require_columns(names, shown, columns, {"text", *required})
             for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=names):
                 for row in batch_rows(batch):
                     number += 1
@@ -129,31 +146,25 @@ def _parquet_rows(file: Path, shown: str, columns: QuestionColumns) -> Iterator[
         raise UserError(f"{shown} is not Parquet that can be read{place}: {one_line(error)}") from error
 
 
-def _require_columns(names: list[str], shown: str, columns: QuestionColumns) -> None:
-    """Refuses a file without its text column, or without one that the recipe names itself."""
-    own = QuestionColumns()
+def _require_columns(names: Collection[str], shown: str, columns: QuestionColumns, required: set[str]) -> None:
     for part, name in columns.model_dump().items():
-        if name not in names and (part == "text" or name != getattr(own, part)):
+        if part in required and name not in names:
             raise UserError(
                 f"{shown} has no column {name!r} (questions.columns.{part}); its columns are {column_names(names)}"
             )
 
 
 def _questions(
-    rows: Iterator[tuple[str, int, Row | Exception]], name: str, shown: str, columns: QuestionColumns, *, cells: bool
+    rows: Iterator[Numbered], file: Path, shown: str, columns: QuestionColumns, *, cells: bool
 ) -> Iterator[Asked]:
-    seen: dict[str, None] = {}
     for place, number, row in rows:
         try:
             if isinstance(row, Exception):
                 raise row if isinstance(row, RowError) else RowError(f"cannot be read: {one_line(row)}")
-            seen.update(dict.fromkeys(row))
-            asked = _of_row(row, columns, f"{name}#{number}", cells=cells)
-            yield dataclasses.replace(asked, place=place)
+            asked = _of_row(row, columns, f"{file.name}#{number}", cells=cells)
         except RowError as error:
             raise UserError(f"{shown}{place} {error}") from error
-    if seen and not cells:  # where rows differ, a column is missed only when no row has it
-        _require_columns(list(seen), shown, columns)
+        yield dataclasses.replace(asked, place=place)
 
 
 def _of_row(row: Row, columns: QuestionColumns, own_id: str, *, cells: bool) -> Asked:

@@ -42,7 +42,8 @@ def read_questions(
     Args:
         path: The file or folder.
         key: What `path` came from, to name in errors.
-        columns: Of row formats.
+        columns: Of row formats. A column that the recipe names, other than the default, must be in `questions.path`;
+            other files (tests, `--questions`) may lack all but the text.
         corpora: Where SQuAD's paragraphs are looked for: golden places are then in these documents. Without, a
             paragraph's golden document is the paragraph itself, as it is in an index over the same SQuAD file.
 
@@ -65,7 +66,7 @@ def _read_file(
         raise UserError(f"{key}: {path} does not exist: give {FORMATS}")
     asked: list[Asked] = []
     seen: set[str] = set()
-    for one in read_asked(file, f"{key}: {path}", columns):
+    for one in read_asked(file, f"{key}: {path}", columns, named=key == "questions.path"):
         if one.question.question_id in seen:
             raise UserError(f"{key}: {path}{one.place} repeats the id {one.question.question_id!r}: ids must differ")
         seen.add(one.question.question_id)
