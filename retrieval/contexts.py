@@ -12,22 +12,33 @@ import bisect
 import collections
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrieval.records import Document, Golden
 
 ANCHOR_WORDS = 4
 """A paragraph is looked for at every place that has its first words; shorter ones match whole documents only."""
+ANCHOR_CHARS = 8
+"""The same for scripts that set no spaces (Chinese, Japanese), where a paragraph may be one word."""
 _WORD = re.compile(r"\S+")
+
+Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Text:
-    words: tuple[str, ...]
+    words: Words
     """NFKC."""
     spans: tuple[tuple[int, int], ...]
     """Where each stands in the text as it is."""
+
+    @property
+    def is_short(self) -> bool:
+        """Too little to be told from a phrase inside another paragraph."""
+        if len(self.words) >= ANCHOR_WORDS:
+            return False
+        return sum(char > "\u2e7f" for word in self.words for char in word) < ANCHOR_CHARS
 
     @classmethod
     def of(cls, text: str) -> _Text:
@@ -70,7 +81,7 @@ def _length(span: tuple[int, int]) -> int:
 def find_contexts(contexts: Sequence[str], documents: Iterable[Document]) -> list[list[Place]]:
     """Per context (given each once) its places, in the order of the documents; none where no document holds it."""
     texts = [_Text.of(context) for context in contexts]
-    starting: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    starting: dict[Words, list[int]] = collections.defaultdict(list)
     for number, text in enumerate(texts):
         if text.words:
             starting[text.words[:ANCHOR_WORDS]].append(number)
@@ -81,13 +92,19 @@ def find_contexts(contexts: Sequence[str], documents: Iterable[Document]) -> lis
         for at, word in enumerate(held.words):
             if word not in first_words:
                 continue
-            for number in starting.get(held.words[at : at + ANCHOR_WORDS], ()):
+            for number in _candidates(starting, held.words[at : at + ANCHOR_WORDS]):
                 wanted = texts[number]
                 if held.words[at : at + len(wanted.words)] == wanted.words:
                     whole = len(wanted.words) == len(held.words)
-                    if whole or len(wanted.words) >= ANCHOR_WORDS:
+                    if whole or not wanted.is_short:
                         places[number].append(_place(contexts[number], wanted, document, held, at))
     return [_best(found) for found in places]
+
+
+def _candidates(starting: Mapping[Words, Sequence[int]], ahead: Words) -> Iterator[int]:
+    """Paragraphs that may begin with the words ahead: those of fewer words begin with fewer."""
+    for length in range(1, len(ahead) + 1):
+        yield from starting.get(ahead[:length], ())
 
 
 def _place(context: str, wanted: _Text, document: Document, held: _Text, at: int) -> Place:
