@@ -44,10 +44,9 @@ MISS_AT = 5
 
 def split_questions(recipe: Recipe) -> list[Question]:
     """The recipe's questions with the splits that training uses."""
-    from retrieval.questions import read_questions
-    from training.splits import assign_splits
+    from training.splits import prepare_questions
 
-    return assign_splits(read_questions(recipe.questions.path), None, recipe.questions, recipe.seed)
+    return prepare_questions(recipe).questions
 
 
 def score(recipe: Recipe, index: Artifact, questions: Sequence[Question]) -> dict[str, dict[str, Values]]:
