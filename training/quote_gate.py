@@ -28,7 +28,7 @@ MOST_WORDS = 200
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\w")
 _MARK = re.compile(f"{re.escape(BEGIN_QUOTE)}|{re.escape(END_QUOTE)}", re.I)
 # What clings to a word's left as a part of it; closing marks and full stops belong to what stands before.
-_PREFIXES = "-\u2212+~<>$€£¥#(\"'“‘「『"
+_PREFIXES = "&-\u2212+~<>$€£¥#(\"'“‘「『"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from training.format import (
     escape,
     find_quote,
     fold,
+    fold_text,
     load_prompt,
+    unescape,
 )
 
 # Letters, digits, full-width forms, half-width kana with voicing marks, jamo, ligatures, accents, emoji, white space.
@@ -60,6 +62,15 @@ def test_fold_any_text_is_nfkc_with_single_spaces_and_rising_origins(text):
     assert len(folded) == len(origins)
     assert origins == sorted(origins)
     assert all(0 <= origin < len(text) for origin in origins)
+
+
+@given(ODD_TEXT | st.text(max_size=40))
+def test_fold_text_is_fold_without_origins(text):
+    assert fold_text(text) == fold(text)[0]
+
+
+def test_fold_white_space_comes_from_where_it_begins():
+    assert fold(" a \t b\u3000c ") == ("a b c", [1, 2, 5, 6, 7])
 
 
 def test_fold_empty_and_blank_texts_are_empty():
@@ -181,6 +192,42 @@ def test_escape_document_text_cannot_pose_as_markup(text):
     assert quoted.citations[0].verified
     assert quoted.quotes == (hostile.text,)
     assert quoted.answer == "none"
+
+
+# Marks, escapes, chat templates' tokens, and plain text between them.
+MARKED = st.lists(
+    st.sampled_from(
+        ["a", " ", "\n", "<ANSWER>:", BEGIN_QUOTE, END_QUOTE, "##", "# #", "##Answer:", "&lt;", "<", "<s>", "[INST]"]
+    ),
+    max_size=10,
+).map("".join)
+
+
+@given(answer=MARKED, reasoning=MARKED)
+def test_target_no_answer_or_reasoning_can_pose_as_another_part(answer, reasoning):
+    told = prompt_format(reasoning=True)
+    target = told.target(answer, ["in the passage"], reasoning)
+    parsed = told.parse(target, [passage("in the passage")])
+    assert target.count(ANSWER_MARK) == 1
+    assert parsed.quotes[-1] == "in the passage"
+    plain = " ".join(answer.split())
+    assert escape(parsed.answer) == escape(plain)
+    if unescape(answer) == answer:
+        assert parsed.answer == plain
+
+
+def test_target_answer_with_markup_is_read_back_as_it_was():
+    told = prompt_format()
+    for answer in ("<s> opens, </s> closes", "##Answer: is the mark", "the entity &lt; and &lt;div>", "[INST]"):
+        assert told.parse(told.target(answer), []).answer == answer
+
+
+def test_target_reasoning_keeps_its_quotes_or_their_words():
+    reasoning = f"It says {BEGIN_QUOTE}blue <s>{END_QUOTE}, so <s> it is."
+    told = prompt_format(reasoning=True).target("blue", (), reasoning)
+    assert told == f"It says {BEGIN_QUOTE}blue &lt;s>{END_QUOTE}, so &lt;s> it is.\n{ANSWER_MARK} blue"
+    plain = prompt_format(reasoning=True, quotes=False).target("blue", ("x",), reasoning)
+    assert plain == f"It says blue &lt;s>, so &lt;s> it is.\n{ANSWER_MARK} blue"
 
 
 def test_escape_is_idempotent_and_leaves_other_text_alone():

@@ -2,13 +2,13 @@ import dataclasses
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.records import Golden, Question
 from tests.training.tiny import chunk, hits_of, prompt_format
 from training.config import SamplesConfig
-from training.format import find_quote
+from training.format import BEGIN_QUOTE, END_QUOTE
 from training.passage_match import mentions
 from training.raft_rows import RowMaker
 from training.records import RaftSample
@@ -50,7 +50,7 @@ CORPORA = st.lists(
     source=st.sampled_from(["mined", "random", "mixed"]),
     policy=st.sampled_from(["memorise", "abstain", "drop"]),
     golden_fraction=st.sampled_from([0.0, 0.5, 1.0]),
-    distractors=st.integers(0, 4),
+    distractors=st.tuples(st.integers(0, 2), st.integers(2, 4)) | st.integers(0, 4),
     whole=st.booleans(),
     data=st.data(),
 )
@@ -72,14 +72,17 @@ def test_raft_any_row_keeps_its_promises(corpus, source, policy, golden_fraction
     hits = hits_of(data.draw(st.permutations(everything)))
     question = ask(answer, place)
 
-    row = made.raft(question, hits)
+    tally = Counter()
+    row = made.raft(question, hits, tally)
 
     assert row == made.raft(question, hits)
     if isinstance(row, str):
         assert golden_fraction < 1
         assert policy == "drop" or row == "no passage to show"
         return
-    assert len(row.passages) == len(row.golden) <= distractors + 1
+    least, most = made.config.distractor_range
+    assert len(row.passages) == len(row.golden) <= most + 1
+    assert len(row.passages) > least or tally["short of distractors"] == 1
     assert sum(row.golden) == row.golden_present
     shown = {(p.doc_id, p.start) for p in row.passages}
     assert len({p.text for p in row.passages}) == len(row.passages)
@@ -211,98 +214,149 @@ def test_raft_reasoning_is_kept_only_with_its_golden_passage():
     assert without.raft(question, []).target == "<ANSWER>: blue"
 
 
-def test_quote_is_the_shortest_sentence_inside_the_golden_span():
-    text = "It was blue in 1990. Now it is blue. Blue is a long story of many words. It is not red."
-    made = maker({"a": [text]})
-    found = made.chunks_of["a"][0]
-    assert made.quote(ask("blue", Golden("a")), found) == "Now it is blue."
-    start = text.index("Blue is")
-    assert made.quote(ask("blue", Golden("a", start, start + 40)), found) == "Blue is a long story of many words."
-    assert made.quote(ask("green", Golden("a")), found) == ""
+def test_raft_number_of_distractors_is_drawn_per_row():
+    rows = rows_of(maker(FACTS, distractors=(1, 4), golden_fraction=0.5))
+    shown = Counter(len(row.passages) for row in rows)
+    assert sorted(shown) == [2, 3, 4, 5]
+    assert min(shown.values()) > 40
+    with_golden = Counter(len(row.passages) for row in rows if row.golden_present)
+    assert sorted(with_golden) == [2, 3, 4, 5]
 
 
-def test_quote_lines_and_chinese_sentences_are_sentences():
-    made = maker({"a": ["total: 83,871 sq km\nland: 82,445 sq km"], "b": ["首都是维也纳。人口约九百万。面积不大。"]})
-    assert made.quote(ask("82,445 sq km", Golden("a")), made.chunks_of["a"][0]) == "land: 82,445 sq km"
-    assert made.quote(ask("九百万", Golden("b")), made.chunks_of["b"][0]) == "人口约九百万。"
+def test_raft_short_of_distractors_is_made_and_counted():
+    made = maker({"a": ["It is blue."], "b": ["Other."]}, golden_fraction=1, distractors=(3, 5))
+    tally = Counter()
+    row = made.raft(ask("blue", Golden("a")), [], tally)
+    assert len(row.passages) == 2
+    assert tally["short of distractors"] == 1
+    assert tally["distractor: golden place"] == 1
+    assert maker(FACTS).raft(ask("7,007 m", Golden("d7", 0, 20)), [], tally)
+    assert tally["short of distractors"] == 1
 
 
-def test_quote_number_is_not_taken_from_a_longer_number():
-    made = maker({"a": ["The area is 83,871 sq km. The rate is 15.5%. It has 83 towns. In truth it is 5.5% here."]})
-    found = made.chunks_of["a"][0]
-    assert made.quote(ask("83", Golden("a")), found) == "It has 83 towns."
-    assert made.quote(ask("5.5%", Golden("a")), found) == "In truth it is 5.5% here."
+def test_raft_unanswerable_question_shows_distractors_and_abstains():
+    texts = {f"d{i}": [f"Text number {i}."] for i in range(20)}
+    asked = [Question(f"q{i}", "q?", (), (), "train", {"kind": "unanswerable"}) for i in range(20)]
+    for policy in ("memorise", "abstain", "drop"):
+        made = maker(texts, frozenset({"d0"}), golden_fraction=1, without_golden=policy)
+        for question in asked:
+            row = made.raft(question, hits_of([made.chunks_of["d0"][0], made.chunks_of["d1"][0]]))
+            assert row.target == "<ANSWER>: The documents do not say."
+            assert (row.golden, row.golden_present, row.quotes) == ((False,) * 3, False, ())
+            assert "d1" in {p.doc_id for p in row.passages}
+            assert "d0" not in {p.doc_id for p in row.passages}
+            assert made.dsf(question) == "no answer"
+    # A question that merely comes without answers is not known to be unanswerable.
+    assert made.raft(Question("q", "q?"), []) == "no answer"
 
 
-def test_quote_answer_with_a_full_stop_in_it_is_quoted_with_its_line():
-    made = maker({"a": ["Other line.\nIt was moved to St. Petersburg in 1712. It is large."]})
-    quote = made.quote(ask("St. Petersburg", Golden("a")), made.chunks_of["a"][0])
-    assert quote == "It was moved to St. Petersburg in 1712. It is large."
-    assert find_quote(quote, made.chunks_of["a"][0].text)
+def test_raft_given_quote_passes_the_gate_and_is_counted():
+    texts = {"a": ["It was blue in 1990, then red. Now it is blue again."], "b": ["Other."]}
+    made = maker(texts, golden_fraction=1)
+    for given_quote, expected, counted in (
+        ("Now it is blue again.", "Now it is blue again.", "kept"),
+        ("it was blue in 1990 then red", "It was blue in 1990, then red.", "repaired"),
+        ("Blue is its favourite colour of all", "Now it is blue again.", "dropped"),
+    ):
+        tally = Counter()
+        row = made.raft(ask("blue", Golden("a"), quote=given_quote), [], tally)
+        assert row.quotes == (expected,)
+        assert tally[f"quote: {counted}"] == 1
+        assert tally["quote: kept"] + tally["quote: repaired"] == 1
+
+
+def test_raft_quote_of_a_distractor_is_verbatim_too_but_the_golden_passage_comes_first():
+    texts = {"a": ["The colour. It is blue."], "b": ["The colour. It is unknown."]}
+    row = maker(texts, golden_fraction=1).raft(ask("blue", Golden("a"), quote="The colour."), [])
+    assert row.quotes == ("The colour.",)
+    parsed = prompt_format().parse(
+        row.target, [p for p, golden in zip(row.passages, row.golden, strict=True) if golden]
+    )
+    assert [citation.doc_id for citation in parsed.citations] == ["a"]
+
+
+def test_raft_answer_is_the_accepted_one_that_the_passage_words():
+    made = maker({"a": ["It is the Danube."], "b": ["Other."]}, golden_fraction=1)
+    question = Question("q", "q?", ("Donau", "Danube"), (Golden("a"),), "train")
+    assert made.raft(question, []).target.endswith("<ANSWER>: Danube")
+    assert made.dsf(question).answer == "Donau"
+
+
+def test_raft_yes_or_no_quotes_the_sentence_that_the_reasoning_is_about():
+    texts = {"a": ["There is no doubt. The trial found that aspirin prevented strokes."], "b": ["Other."]}
+    question = ask("no", Golden("a"), reasoning="Strokes were not prevented.")
+    made = maker(texts, golden_fraction=1)
+    assert made.raft(question, []).quotes == ("The trial found that aspirin prevented strokes.",)
+    tally = Counter()
+    row = made.raft(ask("no", Golden("b"), reasoning="Strokes were not prevented."), [], tally)
+    assert (row.quotes, tally["quote: none"]) == ((), 1)
+
+
+def test_raft_quotes_and_reasoning_can_be_switched_off():
+    inside = f"It says {BEGIN_QUOTE}It is blue.{END_QUOTE} there."
+    question = ask("blue", Golden("a"), reasoning=inside)
+    made = maker({"a": ["It is blue."], "b": ["Other."]}, golden_fraction=1)
+
+    def row(**options: bool) -> RaftSample:
+        return dataclasses.replace(made, prompt_format=prompt_format(**options)).raft(question, [])
+
+    # What the reasoning quotes need not be quoted a second time.
+    assert row(reasoning=True).target == f"{inside}\n<ANSWER>: blue"
+    assert row(reasoning=True, quotes=False).target == "It says It is blue. there.\n<ANSWER>: blue"
+    assert row(reasoning=True, quotes=False).reasoning == "It says It is blue. there."
+    assert row().target == f"{BEGIN_QUOTE}It is blue.{END_QUOTE}\n<ANSWER>: blue"
+    assert (row().reasoning, row(quotes=False).quotes) == ("", ())
+    assert row(quotes=False).target == "<ANSWER>: blue"
+
+
+def test_raft_reasoning_with_a_false_quote_is_left_out_and_counted():
+    inside = f"It says {BEGIN_QUOTE}It has always been green.{END_QUOTE}"
+    made = maker({"a": ["It is blue."], "b": ["Other."]}, golden_fraction=1)
+    reasoned = dataclasses.replace(made, prompt_format=prompt_format(reasoning=True))
+    tally = Counter()
+    row = reasoned.raft(ask("blue", Golden("a"), reasoning=inside), [], tally)
+    assert row.target == f"{BEGIN_QUOTE}It is blue.{END_QUOTE}\n<ANSWER>: blue"
+    assert (tally["quote: dropped"], tally["reasoning: dropped with its quote"], tally["quote: kept"]) == (1, 1, 1)
+
+
+def test_raft_memorised_row_has_no_reasoning_and_no_given_quote():
+    made = maker({"a": ["It is blue."], "b": ["Other."]}, golden_fraction=0)
+    made = dataclasses.replace(made, prompt_format=prompt_format(reasoning=True))
+    row = made.raft(ask("blue", Golden("a"), reasoning="So.", quote="It is blue."), [])
+    assert (row.target, row.reasoning, row.quotes) == ("<ANSWER>: blue", "", ())
+
+
+@settings(max_examples=20)
+@given(
+    source=st.sampled_from(["mined", "random", "mixed", "same_heading"]),
+    order=st.permutations(range(16)),
+    block=st.integers(1, 16),
+    seed=st.integers(0, 3),
+)
+def test_raft_rows_and_counts_are_the_same_whatever_the_blocks_and_the_order(source, order, block, seed):
+    texts = {f"d{i}": [f"The height of d{i} is {i},{i:03} m.", "Other text."] for i in range(16)}
+    config = {"distractor_source": source, "distractors": (1, 3), "golden_fraction": 0.6}
+    asked = [ask(f"{i},{i:03} m", Golden(f"d{i}", 0, 20), name=f"q{i}") for i in range(16)]
+    everything = [found for chunks in maker(texts).chunks_of.values() for found in chunks]
+
+    def rows(numbers: list[int], size: int) -> tuple[dict[int, RaftSample | str], Counter]:
+        made, total = {}, Counter()
+        for start in range(0, len(numbers), size):  # a worker of its own for each block
+            worker, tally = maker(texts, frozenset({"d3"}), seed, **config), Counter()
+            made |= {
+                n: worker.raft(asked[n], hits_of(everything[n : n + 6]), tally) for n in numbers[start : start + size]
+            }
+            total += tally
+        return made, total
+
+    assert rows(list(order), block) == rows(list(range(16)), 16)
 
 
 def test_dsf_shows_no_passages_and_quotes_nothing():
     row = maker({}).dsf(ask("blue", Golden("a")))
     assert (row.objective, row.passages, row.quotes, row.golden_present) == ("dsf", (), (), False)
     assert row.target == "<ANSWER>: blue"
+    reasoned = dataclasses.replace(maker({}), prompt_format=prompt_format(reasoning=True))
+    assert reasoned.dsf(ask("blue", Golden("a"), reasoning="So it is.")).target == "<ANSWER>: blue"
     assert maker({}).dsf(Question("q", "q?")) == "no answer"
     assert maker({}, max_answer_chars=3).dsf(ask("blue")) == "answer too long"
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        ("83", "83 towns"),
-        ("83", "in 83."),
-        ("83", "83, 871"),
-        ("5.5%", "about 5.5% (2023)"),
-        ("5", "it is 5."),
-        ("-5", "from -5 to 7"),
-        ("15", "10-15 km"),
-        ("1990", "Rome,1990,2763"),
-        ("3", "1,3,5"),
-        ("83,871", "83,871 sq km"),
-        ("$5", "costs $5"),
-        ("5", "共5个"),
-        ("日本", "日本国"),
-        ("서울", "수도는 서울은"),
-        ("ＭＩＬＬＩＯＮ", "a million"),
-        ("São Tomé", "sa\u0303o tome\u0301"),
-        ("u.s.", "the U.S. army"),
-    ],
-)
-def test_mentions_whole_answer_is_found(answer, text):
-    assert mentions(answer, text)
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        ("83", "83,871"),
-        ("871", "83,871"),
-        ("1,234", "1,234,567"),
-        ("5.5", "15.5%"),
-        ("5", "5.5%"),
-        ("5", "1.5"),
-        ("5", "2,5 Prozent"),
-        ("5", "-5 °C"),
-        ("5", "\u22125 °C"),
-        ("5", "５０"),
-        ("3.5 million", "13.5 million"),
-        ("$5", "$55"),
-        ("2", "version 1.2.3"),
-        ("1990", "the 1990s"),
-        ("Rome", "Romeo"),
-        ("Fran", "França"),
-        ("ром", "Кромвель"),
-        ("", "anything"),
-        (" ", "a b"),
-        ("blue", ""),
-    ],
-)
-def test_mentions_part_of_a_longer_word_or_number_is_not_found(answer, text):
-    assert not mentions(answer, text)
-
-
-def test_mentions_looks_past_a_longer_number_for_the_whole_one():
-    assert mentions("83", "of 83,871 sq km, 83 are water")
