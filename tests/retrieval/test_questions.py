@@ -121,3 +121,30 @@ def test_read_beir_questions_missing_split_names_the_others(tmp_path: Path) -> N
     write_beir(tmp_path, "q0\td1\t1\n")
     with pytest.raises(UserError, match=r"dev\.tsv does not exist; splits with judgements: test"):
         read_beir_questions(tmp_path, "dev")
+
+
+def test_beir_folder_gives_training_and_test_questions_with_all_their_documents(tmp_path: Path) -> None:
+    write_beir(tmp_path, "q2\td1\t2\nq3\td9\t0\n")
+    (tmp_path / "qrels" / "train.tsv").write_text("q0\td2\t1\nq2\td3\t1\n", encoding="utf-8")
+    (tmp_path / "qrels" / "dev.tsv").write_text("q1\td4\t1\n", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "queries.jsonl"):
+        read = {q.question_id: (q.split, q.golden) for q in read_questions(path)}
+        assert read == {
+            "q2": ("test", (Golden("d1"), Golden("d3"))),
+            "q3": ("test", ()),
+            "q1": ("train", (Golden("d4"),)),
+            "q0": ("train", (Golden("d2"),)),
+        }
+
+
+def test_beir_folder_tests_with_dev_where_there_is_no_test_and_leaves_a_lone_split_open(tmp_path: Path) -> None:
+    write_beir(tmp_path, "q2\td1\t2\n")
+    assert [(q.question_id, q.split) for q in read_questions(tmp_path)] == [("q2", "")]
+    (tmp_path / "qrels" / "test.tsv").rename(tmp_path / "qrels" / "dev.tsv")
+    (tmp_path / "qrels" / "train.tsv").write_text("q0\td2\t1\n", encoding="utf-8")
+    assert {q.question_id: q.split for q in read_questions(tmp_path)} == {"q2": "test", "q0": "train"}
+
+
+def test_folder_that_is_not_beir_s_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^questions\.path: .*qrels/test\.tsv does not exist"):
+        read_questions(tmp_path)

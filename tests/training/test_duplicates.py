@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval.records import Golden, Question
-from training.duplicates import AMBIGUOUS, ANSWERED, DUPLICATE, content_words, sift
+from training.duplicates import AMBIGUOUS, ANSWERED, DUPLICATE, LEAK, content_words, drop_repeats, sift
 
 STOP = frozenset({"what", "is", "the", "of", "in", "which", "was", "when", "year", "s", "a"})
 
@@ -63,6 +63,11 @@ def test_unanswerable_question_that_another_place_answers_is_dropped_in_either_o
     assert sift([answered, unanswerable], STOP, 0.75).dropped == [(unanswerable, ANSWERED)]
 
 
+def test_questions_whose_numbers_differ_are_two():
+    words = "How many tons of copper did the old mine at the northern coast yield in {}?"
+    assert len(kept(question(words.format(2015), "9"), question(words.format(2016), "9"), threshold=0.7)) == 2
+
+
 def test_chinese_counts_characters_as_words():
     assert content_words("希腊的首都Athens是?", {"的", "是"}) == ["希", "腊", "首", "都", "athens"]
     first = question("希腊的首都是哪里？", "雅典")
@@ -106,3 +111,99 @@ def test_work_grows_linearly_even_for_one_document():
 
     small = min(seconds(1000) for _ in range(3))
     assert seconds(8000) < small * 8 * 3
+
+
+def named(name, text, *answers, doc_ids=("greece",), kind=""):
+    golden = tuple(Golden(doc_id) for doc_id in doc_ids) if answers else ()
+    metadata = {"kind": kind, "doc_id": doc_ids[0]} if kind else {}
+    return Question(name, text, answers, golden, "", metadata)
+
+
+def faults(*questions, tests=(), threshold=0.9):
+    return {q.question_id: reason for q, reason in drop_repeats(questions, tests, threshold).dropped}
+
+
+LONG = "Which of the rivers that rise in the mountains of the north flows through {}?"
+
+
+def test_drop_repeats_wants_a_common_answer_and_document():
+    first = named("a", LONG.format("the capital"), "Ilisos", "the Ilisos")
+    same = named("b", LONG.format("its capital"), "the ilisos", doc_ids=("europe", "greece"))
+    assert faults(first, same) == {"b": DUPLICATE}
+    assert faults(same, first) == {"a": DUPLICATE}
+    assert faults(first, named("b", same.text, "Kifisos")) == {}
+    assert faults(first, named("b", same.text, "Ilisos", doc_ids=("europe",))) == {}
+    assert faults(first, same, threshold=1) == {}
+
+
+def test_drop_repeats_population_of_france_is_not_that_of_spain():
+    both = [named(land, f"What is the population of {land}?", "68 million", doc_ids=(land,)) for land in ("F", "S")]
+    assert faults(*both) == {}
+    assert faults(*both, tests={"S"}) == {}
+
+
+def test_drop_repeats_training_question_gives_way_to_the_test_question_wherever_it_stands():
+    first, again = named("a", LONG.format("the capital"), "Ilisos"), named("b", LONG.format("its capital"), "Ilisos")
+    assert faults(first, again, tests={"b"}) == {"a": LEAK}
+    assert faults(first, again, tests={"a"}) == {"b": LEAK}
+    assert faults(first, again, tests={"a", "b"}) == {"b": DUPLICATE}
+
+
+def test_drop_repeats_same_words_and_answer_about_another_document_leak_and_are_no_duplicates():
+    first = named("a", "Which river flows through the capital?", "Ilisos")
+    other = named("b", "Through the capital flows which river?", "Ilisos", doc_ids=("europe",))
+    assert faults(first, other) == {}
+    assert faults(first, other, tests={"b"}) == {"a": LEAK}
+
+
+def test_drop_repeats_same_question_with_another_answer_elsewhere_is_kept():
+    assert faults(named("a", "How large is it?", "1"), named("b", "How large is it?", "2", doc_ids=("b",))) == {}
+
+
+def test_drop_repeats_unanswerable_questions_are_one_by_document_and_none_where_another_has_an_answer():
+    first = named("a", "Who owns the mine?", kind="unanswerable")
+    assert faults(first, named("b", "Who owns the mine?", kind="unanswerable")) == {"b": DUPLICATE}
+    assert faults(first, named("b", "Who owns the mine?", kind="unanswerable", doc_ids=("b",))) == {}
+    assert faults(first, named("b", "who owns the mine", "Ann", doc_ids=("b",))) == {"a": ANSWERED}
+    assert faults(named("b", "Who owns the mine?", "Ann"), first, tests={"a"}) == {"a": ANSWERED}
+
+
+word_lists = st.lists(st.sampled_from("abcdefg1"), min_size=1, max_size=6)
+facts = st.tuples(word_lists, st.sets(st.sampled_from("xy"), max_size=2), st.sets(st.sampled_from("dn"), min_size=1))
+
+
+@given(st.lists(st.tuples(facts, st.booleans()), max_size=20), st.sampled_from([0.3, 0.5, 0.75, 1.0]))
+def test_drop_repeats_agrees_with_comparing_all_pairs(items, threshold):
+    questions = [
+        named(str(n), " ".join(words), *sorted(answers), doc_ids=sorted(documents))
+        for n, ((words, answers, documents), _) in enumerate(items)
+    ]
+    tests = {str(n) for n, (_, tested) in enumerate(items) if tested}
+    expected, kept_tests, kept_others = {}, [], []
+
+    def near(one, other):
+        left, right = set(one.text.split()), set(other.text.split())
+        answers = set(one.answers) & set(other.answers) or not (one.answers or other.answers)
+        places = set(one.documents or [""]) & set(other.documents or [""])
+        return answers and places and len(left & right) >= threshold * len(left | right) and "1" not in left ^ right
+
+    def gives_away(one, other):
+        answers = set(one.answers) & set(other.answers) or not (one.answers or other.answers)
+        return bool(answers) and set(one.text.split()) == set(other.text.split())
+
+    for candidate in sorted(questions, key=lambda q: q.question_id not in tests):
+        name = candidate.question_id
+        if name in tests:
+            if any(near(candidate, other) for other in kept_tests):
+                expected[name] = DUPLICATE
+            else:
+                kept_tests.append(candidate)
+        elif any(near(candidate, other) or gives_away(candidate, other) for other in kept_tests):
+            expected[name] = LEAK
+        elif any(near(candidate, other) for other in kept_others):
+            expected[name] = DUPLICATE
+        else:
+            kept_others.append(candidate)
+    result = drop_repeats(questions, tests, threshold)
+    assert {q.question_id: reason for q, reason in result.dropped} == expected
+    assert [q.question_id for q in result.kept] == [q.question_id for q in questions if q.question_id not in expected]

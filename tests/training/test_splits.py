@@ -1,3 +1,4 @@
+import time
 from collections import Counter
 
 import pytest
@@ -156,3 +157,90 @@ def test_spread_without_kinds_or_golden_documents_still_takes_all():
     questions = [question(f"q{i}") for i in range(5)]
     assert len(spread(questions, 9, seed=1)) == 5
     assert spread([], 9, seed=1) == []
+
+
+def unanswerable(name: str, document: str = "", split: str = "") -> Question:
+    metadata = {"kind": "unanswerable"} | ({"doc_id": document} if document else {})
+    return Question(name, f"{name}?", (), (), split, metadata)
+
+
+def test_assign_splits_no_document_held_out_tests_questions_about_seen_documents():
+    questions = [question(f"q{i}", f"d{i % 10}") for i in range(200)] + [question("lone", "d99")]
+    config = QuestionsConfig(test_documents_fraction=0, test_questions_fraction=0.2)
+    split = assign_splits(questions, None, config, 17)
+    counts = Counter(q.split for q in split)
+    assert set(counts) == {TRAIN, NEW_QUESTIONS}
+    assert 20 <= counts[NEW_QUESTIONS] <= 60
+    seen = {q.golden[0].doc_id for q in split if q.split == TRAIN}
+    assert seen == {q.golden[0].doc_id for q in questions}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_assign_splits_lone_question_of_a_document_never_tests_a_seen_document(seed):
+    questions = [question(f"q{i}", f"d{i}") for i in range(60)]
+    split = assign_splits(questions, None, QuestionsConfig(test_questions_fraction=0.5), seed)
+    assert Counter(q.split for q in split) == {TRAIN: 48, NEW_DOCUMENTS: 12}
+
+
+def test_assign_splits_one_document_can_still_test_new_questions():
+    questions = [question(f"q{i}", "d0") for i in range(40)]
+    split = assign_splits(questions, None, QuestionsConfig(test_documents_fraction=0), 1)
+    assert {q.split for q in split} == {TRAIN, NEW_QUESTIONS}
+
+
+def test_assign_splits_unanswerable_questions_follow_their_documents():
+    questions = [question(f"q{i}", f"d{i % 50}") for i in range(500)]
+    questions += [unanswerable(f"u{i}", f"d{i % 50}") for i in range(500)]
+    split = assign_splits(questions, None, QuestionsConfig(), 17)
+    held_out = held_out_documents(split)
+    assert len(held_out) == 10
+    for asked in split:
+        assert (asked.split == NEW_DOCUMENTS) == (asked.documents[0] in held_out)
+    counts = Counter(q.split for q in split if q.unanswerable)
+    assert counts[NEW_DOCUMENTS] == 100
+    assert 20 <= counts[NEW_QUESTIONS] <= 65
+    assert sum(counts.values()) == 500
+
+
+def test_assign_splits_unanswerable_questions_about_no_document_get_the_same_shares():
+    questions = [question(f"q{i}", f"d{i % 50}") for i in range(100)] + [unanswerable(f"u{i}") for i in range(1000)]
+    split = assign_splits(questions, None, QuestionsConfig(), 17)
+    counts = Counter(q.split for q in split if q.unanswerable)
+    assert 150 <= counts[NEW_DOCUMENTS] <= 250
+    assert 50 <= counts[NEW_QUESTIONS] <= 115
+    assert split_of(split) == split_of(assign_splits(questions[::-1], None, QuestionsConfig(), 17))
+
+
+def test_assign_splits_test_split_of_a_file_is_told_apart_by_what_training_sees():
+    stated = [
+        question("a", "d1", split=TRAIN),
+        question("b", "d2"),
+        question("c", "d1", "d7", split="test"),
+        question("d", "d3", split="test"),
+        unanswerable("e", "d2", split="test"),
+        unanswerable("f", "d3", split="test"),
+    ]
+    split = split_of(assign_splits(stated, None, QuestionsConfig(), 1))
+    assert split == {"a": TRAIN, "b": TRAIN, "c": NEW_QUESTIONS, "d": NEW_DOCUMENTS, "e": NEW_QUESTIONS,
+                     "f": NEW_DOCUMENTS}  # fmt: skip
+
+
+def test_spread_keeps_the_share_of_unanswerable_questions_in_every_beginning():
+    questions = [question(f"q{i}", f"d{i % 7}", kind="ab"[i % 2]) for i in range(90)]
+    questions += [unanswerable(f"u{i}", f"d{i}") for i in range(30)]
+    everything = spread(questions, 1000, seed=3)
+    assert len({q.question_id for q in everything}) == 120
+    for rows in (4, 20, 60, 120):
+        assert abs(sum(q.unanswerable for q in everything[:rows]) - rows / 4) <= 1
+    assert [q for q in everything if not q.unanswerable] == spread(questions[:90], 90, seed=3)
+
+
+def test_spread_of_one_crowded_document_among_many_is_linear():
+    def seconds(count):
+        questions = [question(f"q{i}", "crowded" if i % 2 else f"d{i}") for i in range(count)]
+        began = time.process_time()
+        assert len(spread(questions, count, seed=1)) == count
+        return time.process_time() - began
+
+    small = min(seconds(1000) for _ in range(3))
+    assert seconds(8000) < small * 8 * 3
