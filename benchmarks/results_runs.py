@@ -33,6 +33,8 @@ from cluster.store import Store
 from rayft import Recipe
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "sentence-transformers", "faiss-cpu")
+BAD_INPUT = 2
+"""Exit status for input that a user must mend: trying again would not help."""
 Part = Literal["table", "quotes", "reasoning", "retriever", "ablation", "passages", "chinese"]
 State = Literal["done", "failed"]
 
@@ -277,7 +279,10 @@ def carry_out(place: Workplace, run: Run, known: Record | None = None) -> Record
     for step in steps:
         began = time.monotonic()
         log = place.log(run)
-        status = place.call(command_of(step, run.recipe, settings), log)
+        words = command_of(step, run.recipe, settings)
+        status = place.call(words, log)
+        if status not in (0, BAD_INPUT):  # once more: a crowded machine may not start Ray in time
+            status = place.call(words, log)
         if status != 0:
             return dataclasses.replace(record, reason=f"`rayft {step}` ended with status {status}: {_last_line(log)}")
         seconds = (*seconds, (step, round(time.monotonic() - began, 1)))

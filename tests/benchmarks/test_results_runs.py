@@ -1,5 +1,6 @@
 """The runs of docs/results.md: read, carried out one after another, resumed, and none stopped by another's failure."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -160,6 +161,23 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(store, tmp_path, cells, 
     command.failing = ()
     assert carry_out_next(place, runs[0], REPORT_FORMAT, "").state == "done"
     assert "failed: `rayft train lora" in capsys.readouterr().out
+
+
+def test_a_command_that_crashes_is_tried_once_more(store, tmp_path, cells):
+    place, command = place_of(store, tmp_path)
+    run = read_cells(cells)[0]
+    crashes = iter([137, 0, 0, 1, 1])
+
+    def crashing(words, log):
+        return command(words, log) or next(crashes, 0) if words[0] == "train" else command(words, log)
+
+    place = dataclasses.replace(place, call=crashing)
+    assert carry_out_next(place, run, REPORT_FORMAT, "").state == "done"
+    assert [words[0] for words in command.asked] == ["index", "train", "train", "release", "evaluate"]
+    (tmp_path / "work" / "first.json").unlink()
+    next(crashes)
+    record = carry_out_next(place, run, REPORT_FORMAT, "")
+    assert record.state == "failed" and "ended with status 1" in record.reason
 
 
 def test_a_report_of_an_older_format_is_made_again_without_training(store, tmp_path, cells):
