@@ -1,13 +1,14 @@
 """docs/results.md from recipes: carries out the runs of a cells file one after another, and assembles their reports.
 
     python -m benchmarks.results [--data DIR] [--store URI] [--only NAME …] [--out docs/results.md] [--assemble]
+                                 [--accept-licence gemma]
 
 Run it from a checkout. `--data` holds the folders xquad-en, xquad-zh, torchhub and pubmedqa, each with corpus.jsonl
 and questions.jsonl; runs that need one are recorded as failed without it. A run is `rayft index build`,
 `rayft train lora`, `rayft release`, `rayft evaluate` and the like (benchmarks/results.yaml). What became of each is
 kept in `--work`, so that the command, given again, goes on where it stopped and repeats nothing that is done. The page
 is written after every run; what is not measured yet is shown as "not measured". `--only` takes names of runs or of
-parts (`table`, `ablation`, …). `--assemble` only writes the page. On a GPU: `--cells benchmarks/results_gpu.yaml`.
+parts (`table`, `ablation`, …). `--assemble` only writes the page. The Chinese run's model asks for `--accept-licence gemma`. On a GPU: `--cells benchmarks/results_gpu.yaml`.
 Exit status 1 when a run failed.
 """
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         runs = read_cells(options.cells)
-        place = Workplace(options.work, Store(options.store), options.data)
+        place = Workplace(options.work, Store(options.store), options.data, options.accept_licence)
         chosen = choose(runs, options.only)
         failed = []
         for number, run in enumerate([] if options.assemble else chosen, start=1):
@@ -56,6 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, default=Path(__file__).with_name("results.yaml"), help="the runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs or parts")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page")
+    parser.add_argument("--accept-licence", default="", metavar="NAME", help="for optional models, such as gemma")
     parser.add_argument("--assemble", action="store_true", help="only write the page from what is done")
     return parser.parse_args(arguments)
 

@@ -177,13 +177,13 @@ def _like(runs: Mapping[str, Run], name: str, of: str) -> Run:
     return runs[name]
 
 
-def settings_of(run: Run, data: Path | None, store_uri: str) -> list[str]:
-    """All overrides of a run.
+def settings_of(run: Run, data: Path | None, store_uri: str, licence: str = "") -> list[str]:
+    """All overrides of a run; `licence` is one that the caller accepts.
 
     Raises:
         UserError: the run needs a data set that is not there.
     """
-    settings = [f"store.uri={store_uri}"]
+    settings = [f"store.uri={store_uri}", *([f"model.accept_licence={licence}"] if licence else [])]
     if run.data:
         if data is None:
             raise UserError(f"needs --data DIR with {run.data}/corpus.jsonl and {run.data}/questions.jsonl")
@@ -224,6 +224,7 @@ class Workplace:
     """Folder of records and logs."""
     store: Store
     data: Path | None = None
+    licence: str = ""
     call: Call = call_rayft
 
     def record(self, run: Run) -> Record | None:
@@ -267,7 +268,7 @@ def carry_out(place: Workplace, run: Run, known: Record | None = None) -> Record
     """One run from its first command to its report. Where only the report is out of date, only that is made anew."""
     record = Record(run.name, run.digest(), "failed")
     try:
-        settings = settings_of(run, place.data, place.store.uri)
+        settings = settings_of(run, place.data, place.store.uri, place.licence)
         recipe = load_recipe(run.recipe, settings, Recipe)
     except UserError as error:
         return dataclasses.replace(record, reason=str(error))

@@ -59,7 +59,7 @@ class FakeRayft:
 
 def place_of(store, tmp_path, **options):
     rayft_command = FakeRayft(store, **options)
-    return Workplace(tmp_path / "work", store, None, rayft_command), rayft_command
+    return Workplace(tmp_path / "work", store, call=rayft_command), rayft_command
 
 
 def test_a_grid_and_a_likeness_are_filled_in(cells):
@@ -114,6 +114,12 @@ def test_the_committed_cells_are_those_of_the_page():
     }
     wide = read_cells(ROOT / "benchmarks" / "results_gpu.yaml")
     assert sum(run.part == "ablation" for run in wide) == 16
+
+
+def test_a_licence_is_accepted_only_where_the_caller_says_so(cells):
+    run = read_cells(cells)[0]
+    assert settings_of(run, None, "s") == ["store.uri=s", "seed=3"]
+    assert settings_of(run, None, "s", "gemma") == ["store.uri=s", "model.accept_licence=gemma", "seed=3"]
 
 
 def test_a_steps_own_options_come_last():
@@ -208,7 +214,7 @@ def test_a_data_set_that_is_not_there_fails_its_run_alone(store, tmp_path, cells
 
 def test_the_command_writes_the_page_and_tells_what_failed(store, tmp_path, cells, monkeypatch, capsys):
     command = FakeRayft(store, failing=("seed=4 --force",))
-    monkeypatch.setattr(results, "Workplace", lambda *parts: Workplace(*parts, command))
+    monkeypatch.setattr(results, "Workplace", lambda *parts: Workplace(*parts, call=command))
     words = [
         "--cells",
         str(cells),
