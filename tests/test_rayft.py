@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 import rayft
-from cluster.errors import UserError
+from cluster.errors import NotBetterError, UserError
 from cluster.recipe import load_recipe
 from cluster.releases import open_release
 from cluster.store import Store
+from retrieval.records import Question
 
 ROOT = Path(rayft.__file__).parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -110,6 +111,18 @@ def test_mistake_ends_in_one_line_and_status_2(words, told, tmp_path):
     assert not list((tmp_path / ".rayft" / "store").glob("*/*/*/manifest.json"))
 
 
+@pytest.mark.parametrize(("error", "status"), [(NotBetterError("train raft: worse"), 1), (UserError("bad key"), 2)])
+def test_worse_adapter_ends_in_one_line_and_status_1(error, status, monkeypatch, capsys):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(rayft, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        rayft.main()
+    assert caught.value.code == status
+    assert capsys.readouterr().err == f"rayft: {error}\n"
+
+
 def test_more_passages_than_the_corpus_has_are_refused_by_name(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "kettle.txt").write_text("The kettle holds 1.7 litres.", encoding="utf-8")
@@ -154,6 +167,13 @@ def test_source_that_cannot_be_written_names_its_key(tmp_path):
 def test_repeated_sentences_are_told_once_and_numbers_stay_whole():
     assert rayft.without_repeats("It holds 1.7 litres. It holds 1.7 litres. Yes.") == "It holds 1.7 litres. Yes."
     assert rayft.without_repeats("保修三年。保修三年。") == "保修三年。"
+
+
+def test_expected_answer_is_told_of_questions_without_one_too():
+    unanswerable = Question("u", "Who?", metadata={"kind": "unanswerable"})
+    assert rayft.describe_expected(unanswerable) == "no answer in the documents"
+    assert rayft.describe_expected(Question("q", "Who?", ("Ann", "Anna"))) == "Ann"
+    assert rayft.describe_expected(Question("b", "Who?")) == "the questions file gives no answer"
 
 
 @pytest.mark.slow
