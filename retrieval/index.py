@@ -248,7 +248,7 @@ def check_chunks_fit(recipe: RetrievalRecipe, source: EncoderSource) -> None:
 def work_parts(store: Store, ref: ArtifactRef, base: BaseVersion | None) -> Parts:
     """Where the unfinished work of version `ref` stands: a directory of its own in a local store, a prefix that
     workers share in an object store. Parts over another base version stand apart, because they hold other rows."""
-    root = str(store.work_directory(ref)) if store.is_local else f"{store.uri}/{ref}/.work"
+    root = store.work_uri(ref)
     kept = base if base is not None and base.merge != "reuse" else None
     return Parts(f"{root}/{kept.merge}-{kept.ref.rpartition('/')[2]}" if kept else f"{root}/full")
 

@@ -106,6 +106,18 @@ def test_forgotten_work_of_an_unpublished_version_goes_after_a_week(tmp_path):
     assert not work.exists()
 
 
+def test_shared_work_of_an_object_store_goes_with_its_version_or_when_it_was_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    store = object_store()
+    build(store, 1)
+    left = f"{plan(1).ref}/.work/checkpoints/1"
+    store.storage.replace(left, b"state")  # by a second builder of the same version
+    unpublished = f"{plan(2).ref}/.work/checkpoints/1"
+    store.storage.replace(unpublished, b"state")
+    assert keys(collect(store, min_age_s=NOW)) == {f"{plan(1).ref}/.work"}
+    assert store.storage.read(unpublished) == b"state"
+
+
 def test_nothing_is_removed_while_a_kept_manifest_is_damaged(store):
     old = build(store, 1).ref
     new = build(store, 2).ref

@@ -240,6 +240,25 @@ def test_a_work_directory_survives_until_publish(any_store):
     assert not work.exists()
 
 
+def test_the_work_that_every_node_reaches_lies_in_the_store_and_goes_at_publish(any_store):
+    ref = plan().ref
+    work = any_store.work_uri(ref)
+    assert work == f"{any_store.uri}/{ref}/.work"
+    any_store.storage.replace(f"{ref}/.work/checkpoints/1", b"state")
+    assert any_store.work_uri(ref) == work
+    assert not any_store.exists(ref)
+    build(any_store)
+    assert any_store.storage.files(f"{ref}/.work") == []
+
+
+def test_work_of_a_version_that_will_not_be_published_is_discarded_everywhere(any_store):
+    ref = plan().ref
+    any_store.work_uri(ref)
+    any_store.storage.replace(f"{ref}/.work/checkpoints/1", b"state")
+    any_store.discard_work(ref)
+    assert any_store.storage.files(str(ref)) == []
+
+
 def claim_in_process(uri: str, ready, leave) -> None:
     work = Store(uri).work_directory(plan().ref)
     (work / "mine").write_text("")
