@@ -8,7 +8,9 @@ and questions.jsonl; runs that need one are recorded as failed without it. A run
 `rayft train lora`, `rayft release`, `rayft evaluate` and the like (benchmarks/results.yaml). What became of each is
 kept in `--work`, so that the command, given again, goes on where it stopped and repeats nothing that is done. The page
 is written after every run; what is not measured yet is shown as "not measured". `--only` takes names of runs or of
-parts (`table`, `ablation`, …). `--assemble` only writes the page. The Chinese run's model asks for `--accept-licence gemma`. On a GPU: `--cells benchmarks/results_gpu.yaml`.
+parts (`table`, `ablation`, …). `--assemble` only writes the page. The model of the Chinese run asks for
+`--accept-licence gemma`. On a GPU: `--cells benchmarks/results_gpu.yaml`. An edited recipe, or an edited cell, is run
+again; stages that it shares with an earlier run are not repeated.
 Exit status 1 when a run failed.
 """
 

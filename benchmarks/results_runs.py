@@ -28,7 +28,7 @@ from cluster.config import Section
 from cluster.errors import UserError
 from cluster.manifest import ArtifactRef
 from cluster.progress import describe_seconds, say
-from cluster.recipe import load_recipe
+from cluster.recipe import load_recipe, read_recipe
 from cluster.store import Store
 from rayft import Recipe
 
@@ -100,8 +100,14 @@ class Run:
     axes: tuple[tuple[str, float], ...] = ()
 
     def digest(self) -> str:
-        """Changes with anything that the run's result depends on in the cells file."""
-        content = json.dumps([self.recipe, self.data, self.settings, self.steps])
+        """Changes with anything that the cells file, the recipe or its prompt file says about the run."""
+        try:
+            values = read_recipe(self.recipe, self.settings)
+        except UserError:
+            values = {}
+        prompt = Path(str((values.get("prompt") or {}).get("path") or "."))
+        text = prompt.read_text(encoding="utf-8") if prompt.is_file() else ""
+        content = json.dumps([values, text, self.data, self.steps], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -154,6 +154,21 @@ def test_a_changed_cell_is_run_again(store, tmp_path, cells):
     assert len(command.asked) == 8
 
 
+def test_an_edited_recipe_or_prompt_is_another_run(tmp_path, cells, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, prompt = tmp_path / "mine.yaml", tmp_path / "prompt.yaml"
+    cells.write_text(CELLS.replace("recipe: factbook", "recipe: mine.yaml"), encoding="utf-8")
+    digests = []
+    for content, words in (("name: x", "a"), ("name: x # said otherwise", "a"), ("name: y", "a"), ("name: y", "b")):
+        recipe.write_text(f"{content}\nprompt: {{path: prompt.yaml}}\n", encoding="utf-8")
+        prompt.write_text(words, encoding="utf-8")
+        digests.append(read_cells(cells)[0].digest())
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
+    recipe.unlink()
+    assert read_cells(cells)[0].digest() not in digests
+
+
 def test_a_failing_run_is_recorded_and_the_others_go_on(store, tmp_path, cells, capsys):
     place, command = place_of(store, tmp_path, failing=("train lora factbook --set store.uri", "seed=5"))
     runs = read_cells(cells)[:2]
