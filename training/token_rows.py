@@ -30,6 +30,7 @@ from training.batching import TokenRow, tokenise
 from training.config import TrainingRecipe
 from training.format import PromptFormat
 from training.records import RaftSample
+from training.samples import sample_files
 from training.token_files import COMMIT, open_batch, read_commit, render, write_file
 
 if TYPE_CHECKING:
@@ -144,14 +145,7 @@ def _write_objective(
 def _row_counts(samples: Artifact, objective: str) -> list[int]:
     import pyarrow.parquet as pq
 
-    return [pq.read_metadata(path).num_rows for path in sample_paths(samples, objective)]
-
-
-def sample_paths(samples: Artifact, objective: str) -> list[Path]:
-    """The Parquet files of an objective's training rows, in order, on this machine."""
-    if objective == "dsf":
-        return [samples.path("dsf.parquet")]
-    return sorted((samples.directory() / "raft").glob("*.parquet"))
+    return [pq.read_metadata(path).num_rows for path in sample_files(samples, objective)]
 
 
 def _cut(row_counts: Sequence[int]) -> list[list[_Piece]]:
@@ -217,7 +211,7 @@ class _Writer:
 
     @functools.cached_property
     def paths(self) -> list[Path]:
-        return sample_paths(self.samples, self.objective)
+        return sample_files(self.samples, self.objective)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         import pyarrow as pa

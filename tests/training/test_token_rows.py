@@ -52,7 +52,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         for number, count in enumerate(RAFT_PARTS):
             part(f"raft/part-{number:05d}.parquet", RAFT_SAMPLES[start : start + count])
             start += count
-        part("dsf.parquet", DSF_SAMPLES)
+        part("dsf/part-00000.parquet", DSF_SAMPLES)
         return Outcome()
 
     return run_stage(Store(str(tmp_path_factory.mktemp("tokens") / "store")), Plan("samples", "tiny"), write)
