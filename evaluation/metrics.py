@@ -363,7 +363,7 @@ def metrics_of(task: Task) -> list[Metric]:
 def scores(name: str, predictions: Sequence[Prediction], rubric: Rubric) -> NDArray[np.float64]:
     """(n, columns) float64: the metric's row of each prediction, for `intervals.statistic`."""
     rows = [METRICS[name].score(prediction, rubric) for prediction in predictions]
-    return np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 2)
 
 
 def measure(predictions: Sequence[Prediction], rubric: Rubric, *, resamples: int, seed: int) -> dict[str, Estimate]:
