@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.training.conftest import Built
-from training.config import TrainingRecipe
-from training.format import PromptFormat
-from training.token_rows import write_token_rows
-from training.worker import WorkerConfig
+if TYPE_CHECKING:  # a rank imports this module, and should not wait for what it does not use
+    from tests.training.conftest import Built
+    from training.config import TrainingRecipe
+    from training.records import Objective
+    from training.worker import WorkerConfig
 
-RANKS_TIMEOUT_S = 240
+RANKS_TIMEOUT_S = 600
 
 
 class Told:
@@ -42,14 +42,20 @@ class Told:
 
 
 def changed(recipe: TrainingRecipe, **sections: dict[str, Any]) -> TrainingRecipe:
+    from training.config import TrainingRecipe
+
     values = recipe.model_dump()
     for section, given in sections.items():
         values[section] = {**values[section], **given}
     return TrainingRecipe.model_validate(values)
 
 
-def job_of(built: Built, folder: Path, objective: str = "raft", patience: int = 0, **train: Any) -> WorkerConfig:
+def job_of(built: Built, folder: Path, objective: Objective = "raft", patience: int = 0, **train: Any) -> WorkerConfig:
     """What a worker is told, with its token rows written."""
+    from training.format import PromptFormat
+    from training.token_rows import write_token_rows
+    from training.worker import WorkerConfig
+
     recipe = changed(built.recipe, train={"tracker": "none", "probe_rows": 0, **train})
     prompt_format = PromptFormat.load(recipe.prompt, recipe.language)
     write_token_rows(recipe, built.samples, objective, prompt_format, str(folder / "work" / "tokens"))
@@ -117,5 +123,3 @@ def _rank(work: Callable[..., Any], rank: int, world_size: int, path: str, answe
     if rank == 0:
         answers.put(answer)
     sys.stdout.flush()
-
-
