@@ -11,6 +11,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Record:
     @classmethod
     def from_row(cls, row: typing.Mapping[str, Any]) -> Self:
         """The inverse of `to_row`; columns that the record does not have are ignored."""
-        return cls(**{name: _from_plain(row[name], hint) for name, hint in _hints(cls).items() if name in row})
+        return cls(**{name: read(row[name]) for name, read in _readers(cls) if name in row})
 
     @classmethod
     def schema(cls) -> pa.Schema:
@@ -74,21 +75,29 @@ def _to_plain(value: Any, hint: Any) -> Any:
     return value
 
 
-def _from_plain(value: Any, hint: Any) -> Any:
+_READERS: dict[type, tuple[tuple[str, Callable[[Any], Any]], ...]] = {}
+
+
+def _readers(cls: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    """Each field with the function that reads it: decided once, because a search reads tens of thousands of rows."""
+    if cls not in _READERS:
+        _READERS[cls] = tuple((name, _reader(hint)) for name, hint in _hints(cls).items())
+    return _READERS[cls]
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """The function that turns a plain value into one of the hinted type; None stays None."""
     hint = _strip_optional(hint)
-    if value is None:
-        return None
     if _is_json(hint):
-        return json.loads(value) if isinstance(value, str) else dict(value)
+        return lambda value: None if value is None else json.loads(value) if isinstance(value, str) else dict(value)
     if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_row(value)
+        return lambda value: None if value is None else hint.from_row(value)
     if typing.get_origin(hint) in (tuple, list):
-        inner = typing.get_args(hint)[0]
-        items = [_from_plain(item, inner) for item in value]
-        return tuple(items) if typing.get_origin(hint) is tuple else items
+        inner, collect = _reader(typing.get_args(hint)[0]), typing.get_origin(hint)
+        return lambda value: None if value is None else collect(map(inner, value))
     if hint in (int, float, bool, str):
-        return hint(value)
-    return value
+        return lambda value: None if value is None else hint(value)
+    return lambda value: value
 
 
 def _arrow_type(hint: Any) -> pa.DataType:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     Rows = npt.NDArray[np.int64]
 
-DOCUMENTS_HELD = 256
-"""Documents whose chunks stay in memory: questions are asked of one document after another, and come back to it."""
+DOCUMENTS_HELD = 32
+"""Documents whose chunks stay in memory, for several golden places of one question and questions that stand together;
+training questions go from document to document, so that more would be held for nothing."""
 
 
 class DocumentIds(Sequence[str]):
@@ -89,7 +90,7 @@ class DocumentChunks(Sequence[Chunk]):
     def _all(self) -> list[Chunk]:
         read = {
             id(searcher): searcher.chunks_at([row for other, row in self._places if other is searcher])
-            for searcher, _ in self._places
+            for searcher in dict.fromkeys(searcher for searcher, _ in self._places)
         }
         return [read[id(searcher)][row] for searcher, row in self._places]
 

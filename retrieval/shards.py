@@ -317,14 +317,14 @@ class ShardReader:
 
     def batches(self, rows: Rows | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Chunk rows (`chunk_schema`) as record batches: `rows` in their order, or by default all live ones."""
-        table = self._table.select(list(columns)) if columns else self._table
         if rows is None and not len(self.tombstones):
+            table = self._table.select(list(columns)) if columns else self._table
             yield from table.to_batches(max_chunksize=BATCH_ROWS)
             return
-        yield from self._rows_of(table, self.live_rows() if rows is None else rows)
+        yield from self._rows_of(self.live_rows() if rows is None else rows, columns)
 
-    def _rows_of(self, table: pa.Table, rows: Rows) -> Iterator[pa.RecordBatch]:
-        """`rows` of a table with this shard's rows, in their order; one batch for neighbours in one stored batch.
+    def _rows_of(self, rows: Rows, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+        """`rows` in their order; one batch for neighbours in one stored batch.
 
         Not `Table.take`: that first concatenates whole columns, 600 MB for one row of 1,000,000 chunks of 600 bytes,
         and fails above 2 GiB of text.
@@ -332,20 +332,29 @@ class ShardReader:
         import numpy as np
         import pyarrow as pa
 
-        batches = table.to_batches()
-        ends = np.cumsum([len(batch) for batch in batches])
+        batches, ends = self._stored
         owners = np.searchsorted(ends, rows, side="right")
         borders = [0, *(np.flatnonzero(np.diff(owners)) + 1), len(rows)]
         for start, stop in itertools.pairwise(borders) if len(rows) else ():
             batch = batches[owners[start]]
-            yield batch.take(pa.array(rows[start:stop] - (ends[owners[start]] - len(batch))))
+            inside = pa.array(rows[start:stop] - (ends[owners[start]] - len(batch)))
+            yield (batch.select(list(columns)) if columns else batch).take(inside)
+
+    @functools.cached_property
+    def _stored(self) -> tuple[list[pa.RecordBatch], Rows]:
+        """The batches of the mapped file, and the row at which each ends: a list of them anew for every search would
+        cost time that grows with the shard."""
+        import numpy as np
+
+        batches = self._table.to_batches()
+        return batches, np.cumsum([len(batch) for batch in batches], dtype=np.int64)
 
     def chunk_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Chunk ids at `rows`, in any order."""
         import numpy as np
 
         wanted = np.asarray(rows, dtype=np.int64)
-        batches = self._rows_of(self._table.select(["chunk_id"]), wanted)
+        batches = self._rows_of(wanted, ["chunk_id"])
         return [chunk_id for batch in batches for chunk_id in batch.column(0).to_pylist()]
 
     def column(self, name: str) -> pa.ChunkedArray:
