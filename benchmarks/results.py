@@ -21,8 +21,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.results_cells import Run, read_cells
 from benchmarks.results_page import write_page
-from benchmarks.results_runs import Run, Workplace, carry_out_next, read_cells
+from benchmarks.results_runs import Workplace, carry_out_next
 from cluster.errors import UserError
 from cluster.progress import complain, say
 from cluster.store import Store

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results_runs import Part, Record, Run, Workplace, load_report
+from benchmarks.results_cells import Part, Run
+from benchmarks.results_runs import Record, Workplace, load_report
 from cluster.manifest import ArtifactRef
 from cluster.store import Artifact, Store
 from evaluation.batch import load_predictions

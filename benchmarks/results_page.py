@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results_variants
+from benchmarks.results_cells import Run
 from benchmarks.results_figures import (
     PAPER,
     PAPER_SETS,
@@ -24,20 +26,16 @@ from benchmarks.results_figures import (
     mean,
     of_part,
     order_against_paper,
-    paired,
     ranks,
 )
-from benchmarks.results_runs import Run, Workplace
+from benchmarks.results_runs import Workplace
+from benchmarks.results_variants import DISTRACTORS, GOLDEN_FRACTION, IMAGE, NOT_MEASURED, figure, signed, table
 from cluster.progress import describe_seconds
 from cluster.store import Store
-from evaluation.intervals import Estimate
 from evaluation.metrics import METRICS
 from evaluation.table import describe_commonest
 from evaluation.tasks import SHOWN
 
-NOT_MEASURED = "not measured"
-IMAGE = "images/ablation.png"
-GOLDEN_FRACTION, DISTRACTORS = "samples.golden_fraction", "samples.distractors"
 SPLIT_WORDS = {
     "test_new_documents": "documents never seen in training",
     "test_new_questions": "new questions about documents seen in training",
@@ -78,38 +76,20 @@ def assemble(cells: Sequence[Cell], store: Store) -> str:
         _order(columns),
         _closed_book(columns),
         _details(columns),
-        _variant(cells, store, "quotes", "RAFT without quotes (Factbook)", "with quotes", "without quotes"),
-        _variant(cells, store, "reasoning", "RAFT without reasoning (PubMedQA)", "with reasoning", "without reasoning"),
-        _retriever(cells, store),
-        _ablation(cells),
-        _passages(cells),
-        _chinese(cells),
+        results_variants.variant(
+            cells, store, "quotes", "RAFT without quotes (Factbook)", "with quotes", "without quotes"
+        ),
+        results_variants.variant(
+            cells, store, "reasoning", "RAFT without reasoning (PubMedQA)", "with reasoning", "without reasoning"
+        ),
+        results_variants.retriever(cells, store),
+        results_variants.ablation(cells),
+        results_variants.passages(cells),
+        results_variants.chinese(cells),
         _training(cells),
         _conditions(cells),
     ]
     return "\n".join(section.rstrip("\n") + "\n" for section in sections if section)
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns after the first at the right."""
-    lines = ["| " + " | ".join(headers) + " |", "|" + "|".join(["---", *["---:"] * (len(headers) - 1)]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def figure(estimate: Mapping[str, float] | None) -> str:
-    """`0.65 [0.53, 0.77]`."""
-    if estimate is None:
-        return NOT_MEASURED
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-
-
-def signed(estimate: Mapping[str, float] | Estimate | None) -> str:
-    """`+0.12 [+0.05, +0.20]`."""
-    if estimate is None:
-        return NOT_MEASURED
-    row = estimate.to_json() if isinstance(estimate, Estimate) else estimate
-    text = f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
-    return text.replace("-", "−")
 
 
 def _paper_table(columns: Mapping[str, Sequence[Cell]]) -> str:
@@ -234,111 +214,6 @@ def _details(columns: Mapping[str, Sequence[Cell]]) -> str:
 
 def _or_dash(estimate: Mapping[str, float] | None) -> str:
     return "–" if estimate is None else figure(estimate)
-
-
-def _base_of(cells: Sequence[Cell], variant: Cell) -> Cell | None:
-    """The table's run that a variant varies: the first of its column."""
-    return next((cell for cell in of_part(cells, "table") if cell.run.column == variant.run.column), None)
-
-
-def _variant(cells: Sequence[Cell], store: Store, part: Any, title: str, plain: str, varied: str) -> str:
-    found = of_part(cells, part)
-    if not found:
-        return ""
-    variant, base = found[0], _base_of(cells, found[0])
-    sides = [(plain, base), (varied, variant)]
-    measured = [cell for _, cell in sides if cell is not None and cell.report is not None]
-    if len(measured) < 2 or base is None:
-        return f"## {title}\n\n{NOT_MEASURED}\n"
-    task = SHOWN[variant.report["task"]] if variant.report else None
-    assert task is not None
-    names = [*task.told, "in_form", "generation_ms"]
-    headers = ["RAFT", *(METRICS[name].label if name in METRICS else "generation of one answer" for name in names)]
-    rows = [[label, *(_any(cell.value("raft", name), name) for name in names)] for label, cell in sides if cell]
-    told = [f"{METRICS[name].label} {signed(paired(store, base, variant, 'raft', name))}" for name in task.told]
-    return f"## {title}\n\n{table(headers, rows)}\n\n{plain.capitalize()} − {varied}: {'; '.join(told)}.\n"
-
-
-def _any(estimate: Mapping[str, float] | None, name: str) -> str:
-    if estimate is None:
-        return NOT_MEASURED
-    return describe_seconds(estimate["value"] / 1000) if name.endswith("_ms") else figure(estimate)
-
-
-def _retriever(cells: Sequence[Cell], store: Store) -> str:
-    found = of_part(cells, "retriever")
-    if not found:
-        return ""
-    tuned, plain = found[0], _base_of(cells, found[0])
-    rows = []
-    for label, cell in (("plain retriever", plain), ("tuned retriever", tuned)):
-        for strategy, generator in (("rag", "base generator"), ("raft", "tuned generator (RAFT)")):
-            names = ("exact_match", "f1", "recall_at_k", "in_form")
-            figures = [figure(cell.value(strategy, name) if cell else None) for name in names]
-            rows.append([f"{label}, {generator}", *figures])
-    headers = ["", "EM", "F1", "recall@k", "style: in form"]
-    text = f"## Plain and tuned retriever × base and tuned generator (Factbook)\n\n{table(headers, rows)}\n"
-    if plain is None or plain.report is None or tuned.report is None:
-        return text
-    gains = [
-        f"{name}: EM {signed(paired(store, tuned, plain, strategy, 'exact_match'))}"
-        for strategy, name in (("rag", "base generator"), ("raft", "tuned generator"))
-    ]
-    return f"{text}\nTuned − plain retriever, {'; '.join(gains)}. The adapter is the same on both indexes.\n"
-
-
-def _ablation(cells: Sequence[Cell]) -> str:
-    found = of_part(cells, "ablation")
-    if not found:
-        return ""
-    by_axes = grid(found, GOLDEN_FRACTION, DISTRACTORS)
-    rows, columns, _ = matrix(by_axes)
-    headers = ["P (rows with their golden passage)", *(f"{column:g} distractors" for column in columns)]
-    lines = [[f"{row:g}", *(figure(by_axes[row, column].value("raft")) for column in columns)] for row in rows]
-    image = f"\n![RAFT by P and training distractors]({IMAGE})\n" if any(cell.report for cell in found) else ""
-    title = "## P × distractors in training (Factbook, RAFT, exact match)"
-    return f"{title}\n\n{table(headers, lines)}\n{image}"
-
-
-def _passages(cells: Sequence[Cell]) -> str:
-    found = of_part(cells, "passages")
-    if not found:
-        return ""
-    names = ("exact_match", "f1", "recall_at_k", "quoted_answer", "total_ms")
-    rows = []
-    for cell in found:
-        figures = [_any(cell.value("raft", name), name) for name in names]
-        rows.append([f"{cell.run.axes[0][1]:g}", *figures])
-    headers = ["passages shown", "EM", "F1", "recall@k", "answer quoted", "one request, mean"]
-    return f"## Passages at test time (Factbook, RAFT)\n\n{table(headers, rows)}\n"
-
-
-def _chinese(cells: Sequence[Cell]) -> str:
-    found = of_part(cells, "chinese")
-    if not found:
-        return ""
-    rows = []
-    for cell in found:
-        if cell.report is None:
-            rows.append([cell.run.name, *[NOT_MEASURED] * 3])
-            continue
-        model = cell.report["lineage"]["base model"].partition(" (")[0].removeprefix("embedded:")
-        for strategy in cell.report["strategies"]:
-            names = ("exact_match", "f1", "contained")
-            figures = [figure(cell.value(strategy, name)) for name in names]
-            rows.append([f"{model}, {ROWS.get(strategy, strategy)}", *figures])
-    told = [
-        f"RAFT − {ROWS[rival]} ({cell.run.column}): EM {signed(cell.difference('raft', rival))}."
-        for cell in found
-        for rival in ("rag", "rag_fewshot")
-        if cell.difference("raft", rival)
-    ]
-    note = (
-        "EM and F1 over characters (CMRC 2018). SmolLM2-135M, the default generator, was trained on English and spells "
-        "Chinese out in about 1.65 tokens per character: do not use it for Chinese."
-    )
-    text = f"## Chinese (xquad-zh)\n\n{note}\n\n{table(['', 'EM', 'F1', 'contained'], rows)}\n"
-    return "\n".join([text, *told])
 
 
 def _training(cells: Sequence[Cell]) -> str:

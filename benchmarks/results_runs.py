@@ -1,6 +1,6 @@
-"""The runs behind docs/results.md: read from YAML, carried out one after another, written down one by one.
+"""The runs behind docs/results.md: carried out one after another, written down one by one.
 
-In: a cells file (benchmarks/results.yaml), the folder of the data sets, a store. Out: per run one JSON record in the
+In: runs (benchmarks/results_cells.py), the folder of the data sets, a store. Out: per run one JSON record in the
 work folder (`Record`: done or failed, the report's and the release's version, seconds per step) and one log. A run
 that is done is not repeated, one that failed is tried again, and neither stops the others.
 Not covered: what the reports say (benchmarks/results_page.py).
@@ -9,106 +9,28 @@ Not covered: what the reports say (benchmarks/results_page.py).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import ValidationError
-
 from benchmarks.conditions import describe_conditions
-from cluster.config import Section
+from benchmarks.results_cells import Run
 from cluster.errors import UserError
 from cluster.manifest import ArtifactRef
 from cluster.progress import describe_seconds, say
-from cluster.recipe import load_recipe, read_recipe
+from cluster.recipe import load_recipe
 from cluster.store import Store
 from rayft import Recipe
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "sentence-transformers", "faiss-cpu")
 BAD_INPUT = 2
 """Exit status for input that a user must mend: trying again would not help."""
-Part = Literal["table", "quotes", "reasoning", "retriever", "ablation", "passages", "chinese"]
 State = Literal["done", "failed"]
-
-
-class RunEntry(Section):
-    """A run as the cells file states it."""
-
-    name: str
-    """Name of the run: its record and its log."""
-    part: Part
-    """Place of its report in the page."""
-    column: str = ""
-    """Heading of its data set in the page; empty takes that of the run it is like."""
-    like: str = ""
-    """A run before it, whose recipe, data, column and settings it takes."""
-    recipe: str = ""
-    """Recipe file, or name of a packaged one."""
-    data: str = ""
-    """Folder under --data with corpus.jsonl and questions.jsonl; empty for a recipe that brings its own."""
-    settings: tuple[str, ...] = ()
-    """`--set` overrides, after those of the run it is like."""
-    steps: str = "all"
-    """Name of the list of commands."""
-
-
-class GridEntry(Section):
-    """Runs of every combination of some settings."""
-
-    part: Part
-    """Place of their reports in the page."""
-    like: str
-    """The run whose recipe, data, column and settings they take."""
-    settings: tuple[str, ...] = ()
-    """Further overrides."""
-    steps: str
-    """Name of the list of commands."""
-    axes: dict[str, list[float | int]]
-    """Recipe key to its values."""
-
-
-class Cells(Section):
-    """A cells file."""
-
-    steps: dict[str, tuple[str, ...]]
-    """Name to rayft commands; each is given the recipe and the settings of the run."""
-    runs: tuple[RunEntry, ...]
-    """Runs in order."""
-    grids: tuple[GridEntry, ...] = ()
-    """Grids of runs, after the runs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run, with everything that it takes from others filled in."""
-
-    name: str
-    part: Part
-    column: str
-    recipe: str
-    data: str
-    settings: tuple[str, ...]
-    steps: tuple[str, ...]
-    axes: tuple[tuple[str, float], ...] = ()
-
-    def digest(self) -> str:
-        """Changes with anything that the cells file, the recipe or its prompt file says about the run."""
-        try:
-            values = read_recipe(self.recipe, self.settings)
-        except UserError:
-            values = {}
-        prompt = Path(str((values.get("prompt") or {}).get("path") or "."))
-        text = prompt.read_text(encoding="utf-8") if prompt.is_file() else ""
-        content = json.dumps([values, text, self.data, self.steps], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,64 +45,6 @@ class Record:
     release: str = ""
     seconds: tuple[tuple[str, float], ...] = ()
     conditions: str = ""
-
-
-def read_cells(path: Path) -> list[Run]:
-    """The runs of a cells file, in order.
-
-    Raises:
-        UserError: the file cannot be read, a key is unknown, a name is repeated or stands for nothing.
-    """
-    try:
-        cells = Cells.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--cells: cannot read {path}: {error}") from error
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise UserError(f"--cells: {path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-    runs: dict[str, Run] = {}
-    for entry in cells.runs:
-        run = _resolve(cells, runs, entry)
-        if run.name in runs:
-            raise UserError(f"--cells: {path}: two runs are named {run.name}")
-        runs[run.name] = run
-    for grid in cells.grids:
-        for values in itertools.product(*grid.axes.values()):
-            run = _grid_run(cells, runs, grid, tuple(zip(grid.axes, values, strict=True)))
-            runs[run.name] = run
-    return list(runs.values())
-
-
-def _resolve(cells: Cells, runs: Mapping[str, Run], entry: RunEntry) -> Run:
-    if entry.steps not in cells.steps:
-        raise UserError(f"--cells: run {entry.name}: no steps are named {entry.steps}")
-    base = _like(runs, entry.like, entry.name) if entry.like else None
-    recipe = entry.recipe or (base.recipe if base else "")
-    if not recipe:
-        raise UserError(f"--cells: run {entry.name} names neither a recipe nor a run that it is like")
-    return Run(
-        name=entry.name,
-        part=entry.part,
-        column=entry.column or (base.column if base else entry.name),
-        recipe=recipe,
-        data=entry.data or (base.data if base else ""),
-        settings=(*(base.settings if base else ()), *entry.settings),
-        steps=cells.steps[entry.steps],
-    )
-
-
-def _grid_run(cells: Cells, runs: Mapping[str, Run], grid: GridEntry, axes: tuple[tuple[str, float], ...]) -> Run:
-    short = "-".join(f"{key.rpartition('.')[2]}-{value:g}" for key, value in axes)
-    name = f"{grid.like}-{short}".replace("_", "-")
-    stated = (*grid.settings, *(f"{key}={value:g}" for key, value in axes))
-    entry = RunEntry(name=name, part=grid.part, like=grid.like, settings=stated, steps=grid.steps)
-    return dataclasses.replace(_resolve(cells, runs, entry), axes=axes)
-
-
-def _like(runs: Mapping[str, Run], name: str, of: str) -> Run:
-    if name not in runs:
-        raise UserError(f"--cells: run {of} is like {name}, which is no run before it")
-    return runs[name]
 
 
 def settings_of(run: Run, data: Path | None, store_uri: str, licence: str = "") -> list[str]:

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import intervals
-from evaluation.api_calls import ApiCall, find_call
+from evaluation import intervals, task_scores
 from evaluation.config import Task
 from evaluation.intervals import Combine, Estimate, ratio
 from evaluation.records import Prediction
 from evaluation.rubric import Rubric
+from evaluation.task_scores import NOT_APPLICABLE, Score
 from retrieval.records import Passage
 from training import text_match
 from training.format import ANSWER_MARK, fold
-
-Score = tuple[float, ...]
-_NOT_APPLICABLE: Score = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,10 @@ def _compared(compare: Callable[[str, Sequence[str], str], float]) -> Callable[[
     def score(prediction: Prediction, rubric: Rubric) -> Score:
         accepted = prediction.question.answers
         if not accepted:
-            return _unanswerable(prediction)
+            return task_scores.unanswerable(prediction)
         return compare(prediction.answer.answer, accepted, rubric.language), 1.0
 
     return score
-
-
-def _unanswerable(prediction: Prediction) -> Score:
-    """Right where it abstains; a question that merely states no answer is not scored."""
-    return _abstained(prediction) if prediction.question.unanswerable else _NOT_APPLICABLE
 
 
 def _shown(prediction: Prediction) -> list[Passage]:
@@ -68,7 +60,7 @@ def _shown(prediction: Prediction) -> list[Passage]:
 def _recall(prediction: Prediction, _rubric: Rubric) -> Score:
     golden, shown = prediction.question.golden, _shown(prediction)
     if not golden or not shown:
-        return _NOT_APPLICABLE
+        return NOT_APPLICABLE
     return sum(any(place.matches(passage) for passage in shown) for place in golden) / len(golden), 1.0
 
 
@@ -78,13 +70,13 @@ def _quotes_asked(prediction: Prediction, rubric: Rubric) -> bool:
 
 def _verified_answer(prediction: Prediction, rubric: Rubric) -> Score:
     if not _quotes_asked(prediction, rubric):
-        return _NOT_APPLICABLE
+        return NOT_APPLICABLE
     return float(any(citation.verified for citation in prediction.answer.citations)), 1.0
 
 
 def _verified_quotes(prediction: Prediction, rubric: Rubric) -> Score:
     if not _quotes_asked(prediction, rubric):
-        return _NOT_APPLICABLE
+        return NOT_APPLICABLE
     citations = prediction.answer.citations
     return float(sum(citation.verified for citation in citations)), float(len(citations))
 
@@ -92,19 +84,15 @@ def _verified_quotes(prediction: Prediction, rubric: Rubric) -> Score:
 def _quote_contains_answer(prediction: Prediction, rubric: Rubric) -> Score:
     quoted, applies = _quoted_answer(prediction, rubric)
     verified = any(citation.verified for citation in prediction.answer.citations)
-    return (quoted, applies) if verified else _NOT_APPLICABLE
+    return (quoted, applies) if verified else NOT_APPLICABLE
 
 
 def _quoted_answer(prediction: Prediction, rubric: Rubric) -> Score:
     accepted = prediction.question.answers
     if not accepted or not _quotes_asked(prediction, rubric):
-        return _NOT_APPLICABLE
+        return NOT_APPLICABLE
     quotes = [citation.quote for citation in prediction.answer.citations if citation.verified]
     return max((text_match.contains(quote, accepted, rubric.language) for quote in quotes), default=0.0), 1.0
-
-
-def _abstained(prediction: Prediction) -> Score:
-    return float(prediction.answer.abstained and not prediction.answer.error), 1.0
 
 
 def _hallucination(prediction: Prediction, rubric: Rubric) -> Score:
@@ -114,7 +102,7 @@ def _hallucination(prediction: Prediction, rubric: Rubric) -> Score:
     if not shown:
         accepted = prediction.question.answers
         if not accepted:
-            return (1.0, 1.0) if prediction.question.unanswerable else _NOT_APPLICABLE
+            return (1.0, 1.0) if prediction.question.unanswerable else NOT_APPLICABLE
         return 1.0 - text_match.contains(answer.answer, accepted, rubric.language), 1.0
     if any(not citation.verified for citation in answer.citations):
         return 1.0, 1.0
@@ -128,68 +116,6 @@ def _in_form(prediction: Prediction, rubric: Rubric) -> Score:
     short = rubric.longest_answer is None or answer.abstained or len(answer.answer) <= rubric.longest_answer
     marked = ANSWER_MARK in fold(answer.text)[0]
     return float(marked and bool(answer.answer) and quoted and short), 1.0
-
-
-def label_of(text: str, rubric: Rubric) -> str:
-    """The label that an answer begins with; of several, the longest; an empty string for none."""
-    units = text_match.chinese_units if rubric.language == "zh" else text_match.english_words
-    words = units(text)
-    found = [label for label in rubric.labels if words[: len(units(label))] == units(label)]
-    return max(found, key=len, default="")
-
-
-def _accuracy(prediction: Prediction, rubric: Rubric) -> Score:
-    if not prediction.question.answers:
-        return _unanswerable(prediction)
-    golden = {answer.strip().lower() for answer in prediction.question.answers}
-    return float(label_of(prediction.answer.answer, rubric) in golden), 1.0
-
-
-def _label_counts(prediction: Prediction, rubric: Rubric) -> Score:
-    """Per label: right, predicted, golden. With several accepted labels the predicted one counts if it is among them,
-    otherwise the first."""
-    count = len(rubric.labels)
-    row = [0.0] * (3 * count)
-    golden = [answer.strip().lower() for answer in prediction.question.answers]
-    if not golden:
-        return tuple(row)
-    predicted = label_of(prediction.answer.answer, rubric)
-    meant = predicted if predicted in golden else golden[0]
-    row[2 * count + rubric.labels.index(meant)] = 1.0
-    if predicted:
-        row[count + rubric.labels.index(predicted)] = 1.0
-        row[rubric.labels.index(predicted)] = float(predicted == meant)
-    return tuple(row)
-
-
-def _unparsed(prediction: Prediction, rubric: Rubric) -> Score:
-    return float(not label_of(prediction.answer.answer, rubric)), 1.0
-
-
-def _functional(prediction: Prediction, rubric: Rubric) -> Score:
-    domains = {rubric.apis.cards[g.doc_id][0] for g in prediction.question.golden if g.doc_id in rubric.apis.cards}
-    if not domains:
-        return _unanswerable(prediction)
-    return float(bool(domains & rubric.apis.domains.get(_call(prediction), frozenset()))), 1.0
-
-
-def _golden_call(prediction: Prediction, rubric: Rubric) -> Score:
-    calls = {rubric.apis.cards[g.doc_id][1] for g in prediction.question.golden if g.doc_id in rubric.apis.cards}
-    if not calls:
-        return _unanswerable(prediction)
-    return float(_call(prediction) in calls), 1.0
-
-
-def _hallucinated_call(prediction: Prediction, rubric: Rubric) -> Score:
-    answer = prediction.answer
-    if answer.error or answer.abstained:
-        return 0.0, 1.0
-    return float(_call(prediction) not in rubric.apis.domains), 1.0
-
-
-def _call(prediction: Prediction) -> ApiCall:
-    """The call that the answer names; one that matches nothing where it names none."""
-    return find_call(prediction.answer.answer) or ApiCall("", "")
 
 
 METRICS: dict[str, Metric] = {
@@ -227,7 +153,7 @@ METRICS: dict[str, Metric] = {
             "Share of answers whose first words are an accepted label (case and punctuation aside); an answer that "
             "begins with no label is wrong.",
             True,
-            _accuracy,
+            task_scores.accuracy,
             ("labels",),
         ),
         Metric(
@@ -236,7 +162,7 @@ METRICS: dict[str, Metric] = {
             "Unweighted mean over the labels of each label's F1, 2·right / (predicted + golden); an answer without a "
             "label counts against its golden label.",
             True,
-            _label_counts,
+            task_scores.label_counts,
             ("labels",),
             intervals.macro_f1,
         ),
@@ -245,7 +171,7 @@ METRICS: dict[str, Metric] = {
             "no label",
             "Share of answers that begin with none of the labels; they count as wrong.",
             False,
-            _unparsed,
+            task_scores.unparsed,
             ("labels",),
         ),
         Metric(
@@ -254,7 +180,7 @@ METRICS: dict[str, Metric] = {
             "Share of answers whose call matches an API of the corpus (repository and model are equal) of the golden "
             "API's domain (APIBench's AST match).",
             True,
-            _functional,
+            task_scores.functional_accuracy,
             ("api_calls",),
         ),
         Metric(
@@ -262,7 +188,7 @@ METRICS: dict[str, Metric] = {
             "golden call",
             "Share of answers whose call is the golden API's own: repository and model are equal.",
             True,
-            _golden_call,
+            task_scores.golden_call,
             ("api_calls",),
         ),
         Metric(
@@ -270,7 +196,7 @@ METRICS: dict[str, Metric] = {
             "invented call",
             "Share of answers whose call matches no API of the corpus, or that hold no call; abstentions are none.",
             False,
-            _hallucinated_call,
+            task_scores.hallucinated_call,
             ("api_calls",),
         ),
         Metric(
@@ -323,7 +249,7 @@ METRICS: dict[str, Metric] = {
             "abstained",
             "Share of questions to which the strategy said that it does not know, or nothing at all.",
             False,
-            lambda prediction, _rubric: _abstained(prediction),
+            lambda prediction, _rubric: task_scores.abstained(prediction),
         ),
         Metric(
             "hallucination",

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.results_cells import Run
 from benchmarks.results_figures import (
     Cell,
     bars,
@@ -16,7 +17,7 @@ from benchmarks.results_figures import (
     ranks,
 )
 from benchmarks.results_page import assemble, write_page
-from benchmarks.results_runs import Record, Run, Workplace
+from benchmarks.results_runs import Record, Workplace
 from tests.benchmarks.fake_results import estimate, make_report, publish_adapter, publish_answers, publish_report
 
 VALUES = {"base": 0.0, "rag": 0.1, "rag_fewshot": 0.3, "finetuned": 0.4, "finetuned_rag": 0.2, "raft": 0.8}

@@ -8,7 +8,8 @@ import pytest
 
 import rayft
 from benchmarks import results
-from benchmarks.results_runs import Workplace, carry_out_next, command_of, read_cells, settings_of
+from benchmarks.results_cells import read_cells
+from benchmarks.results_runs import Workplace, carry_out_next, command_of, settings_of
 from cluster.errors import UserError
 from cluster.manifest import ArtifactRef
 from cluster.recipe import load_recipe

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from evaluation.api_calls import ApiCall, ApiCatalogue
-from evaluation.metrics import METRICS, label_of, measure, metrics_of
+from evaluation.metrics import METRICS, measure, metrics_of
 from evaluation.rubric import Rubric, labels_of
+from evaluation.task_scores import label_of
 from evaluation.tasks import SHOWN
 from retrieval.records import Golden, Question
 from tests.evaluation.test_metrics import QUESTION, QUOTED, predict
