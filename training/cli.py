@@ -46,8 +46,8 @@ def train_app(load: Load) -> typer.Typer:
     ) -> None:
         """Train LoRA adapters with Ray Train and DeepSpeed, on samples that are built first where they are stale.
 
-        An adapter that is significantly worse on validation rows than that of the promoted release is not published:
-        exit status 1.
+        A RAFT adapter that is significantly worse on validation rows than that of the promoted release is not
+        published: exit status 1.
         """
         from cluster.store import Store
         from training.lora import ROLES, train_adapters

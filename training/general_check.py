@@ -2,8 +2,8 @@
 
 In: `prompts/general_<language>.yaml`, written for rayft and about no collection: prompts by kind (arithmetic, common
 knowledge, rewriting, translation, conversation, instructions) with a reference answer each. Out: how likely the
-references are through the plain chat template, without passages: mean loss per token of the base model and of the
-tuned one, and their paired difference. A loss needs no generation: 2 forward passes of about 2,000 tokens.
+references, once begun, are through the plain chat template, without passages: mean loss per token of the base model
+and of the tuned one, and their paired difference. It needs no generation: two forward passes over 2,000 tokens.
 It is an alarm, not a benchmark: it sees that the model has grown strange to ordinary requests, not which skill is lost.
 """
 
@@ -48,12 +48,16 @@ def load_general(language: str) -> list[GeneralPrompt]:
 
 
 def general_rows(tokenizer: Any, language: str) -> list[TokenRow]:
-    """Prompt through the chat template, reference answer and end of turn, as token ids."""
+    """Prompt through the chat template and reference answer as token ids; scored is the answer after its first token.
+
+    How an answer begins and when it ends is what fine-tuning is meant to change: `<ANSWER>:` instead of a first word
+    cost the Factbook's closed-book adapter 15 nats, on answers of 11 tokens, where the rest lost 0.2 per token.
+    """
     rows = []
     for number, asked in enumerate(load_general(language)):
         messages = [{"role": "user", "content": asked.prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        target = [*tokenizer(asked.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        rows.append(TokenRow(f"general-{number}", tuple(prompt + target), len(target)))
+        prompt, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, asked.answer))
+        if len(answer) > 1:
+            rows.append(TokenRow(f"general-{number}", tuple(prompt + answer), len(answer) - 1))
     return rows

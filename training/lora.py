@@ -3,8 +3,9 @@
 In: a samples artifact, the base model, the recipe's `lora` and `train` sections, an objective (`raft`, into which
 `train.mixture` may mix closed-book rows, or `dsf` for the closed-book adapter). Out: an `adapter` artifact that plain
 PEFT loads: `adapter_model.safetensors`, `adapter_config.json`, `history.jsonl` and `curve.png` with the run's figures,
-`tensorboard/`. An adapter that is significantly worse than the one that the promoted release serves is not published
-(`NotBetterError`), unless forced; what was trained stays in the work place, so that forcing trains nothing again.
+`tensorboard/`. A RAFT adapter that is significantly worse than the one that the promoted release serves is not
+published (`NotBetterError`), unless forced; what was trained stays in the work place, so that forcing trains nothing
+again.
 Not covered: batches (training/batching.py), the work of one worker (training/worker.py), what is measured at its end
 (training/final_checks.py), what is compared (training/replacement.py).
 """
@@ -120,7 +121,8 @@ def train_adapter(
     Raises:
         UserError: Workers that the cluster cannot hold, more workers than rows in a step, a loss that is not finite,
             another prompt file than that of the samples, or a tracker that cannot be used.
-        NotBetterError: It is significantly worse than the adapter of the promoted release, and `force` is not set.
+        NotBetterError: The RAFT adapter is significantly worse than that of the promoted release, and `force` is not
+            set.
     """
     rows = batch_rows(recipe, objective)
     if recipe.train.workers > rows:
@@ -182,7 +184,7 @@ def _build(
     validated = report.checks.validation
     new = None if validated is None else validated.rows
     compared = compare(served, new, report.checks.replaced, samples, objective, recipe.seed)
-    worse = _refuse_worse(role, compared, force=force)
+    worse = _refuse_worse(objective, compared, force=force)
     draw_curve(report.history, attempt.directory / "curve.png", title=f"{attempt.ref.name} {attempt.ref.version}")
     return Outcome(
         counts={
@@ -196,7 +198,7 @@ def _build(
         measured={
             **measured,
             "replaces": compared.figures() if isinstance(compared, Comparison) else compared,
-            "forced": worse,
+            "worse_than_served": worse,
         },
     )
 
@@ -208,20 +210,29 @@ def _fit(recipe: TrainingRecipe, config: WorkerConfig, storage: str) -> WorkerRe
     return report
 
 
-def _refuse_worse(role: str, compared: Comparison | str | None, *, force: bool) -> bool:
-    """Says how the adapter compares with the served one; returns whether it is worse, and published by force.
+def _refuse_worse(objective: Objective, compared: Comparison | str | None, *, force: bool) -> bool:
+    """Says how the adapter compares with the served one; returns whether it is worse, and published all the same.
 
     Raises:
-        NotBetterError: It is worse, and not forced.
+        NotBetterError: It is a RAFT adapter, worse, and not forced.
     """
+    role = ROLES[objective]
     if isinstance(compared, str):
         say(f"train {role}: not compared with the promoted release's adapter: {compared}")
     if not isinstance(compared, Comparison):
         return False
-    if compared.worse and not force:
+    if not compared.worse:
+        say(f"train {role}: {compared.describe()}")
+    elif objective == "dsf":
+        # Its validation questions ask for facts that neither was told: the better it knows what it was told, the
+        # surer and the more wrong it is there.
+        told = "worse at facts that it was never told, which alone is no reason to refuse it"
+        complain(f"train {role}: {told}: {compared.describe()}")
+    elif force:
+        say(f"train {role}: worse, and published by force: {compared.describe()}")
+    else:
         raise NotBetterError(
             f"train {role}: not published, it is worse: {compared.describe()}; the release stays as it is, "
             "`rayft train lora RECIPE --force` publishes it all the same, without training again"
         )
-    say(f"train {role}: {compared.describe()}{'; worse, and published by force' if compared.worse else ''}")
     return compared.worse

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,23 +14,41 @@ from transformers import LlamaForCausalLM
 import training.lora
 from cluster.errors import NotBetterError, UserError
 from cluster.releases import promote, publish_release
-from tests.training.workers import changed
+from tests.training.workers import Told, changed, process_group
 from training.batching import TokenRow
 from training.final_checks import final_checks
 from training.format import PromptFormat
 from training.lora import adapter_plan, train_adapter, train_adapters
 from training.lora_engine import with_lora
 from training.ray_train import blame
-from training.row_losses import measure_rows
+from training.replacement import Comparison
+from training.row_losses import Difference, measure_rows
 from training.samples import load_samples, load_validation
 from training.validation import Validator
+from training.worker import train
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+on_ray = training.lora._fit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process(tmp_path_factory):
+    """One worker in this process instead of Ray's, which takes its time to start one; see test_ray_train.py."""
+
+    def fit_here(recipe, config, storage):
+        return train(config, 0, 1, Told())
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
+            patch.delenv(name, raising=False)
+        patch.setattr(training.lora, "_fit", fit_here)
+        patch.setattr(training.lora, "ray_session", lambda config: contextlib.nullcontext())
+        with process_group(tmp_path_factory.mktemp("group") / "store"):
+            yield
 
 
 @pytest.fixture(scope="module")
-def trained(built, tmp_path_factory, local_ray):
-    """A recipe, and its adapter after a pass over 24 rows with six validations."""
+def trained(built, tmp_path_factory, in_process):
+    """A recipe, and its adapter after a pass over the rows with three validations."""
     recipe = changed(built.recipe, train={"probe_rows": 1, "validations_per_epoch": 3, "patience": 0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -82,7 +101,7 @@ def test_train_adapter_manifest_says_what_was_done(built, adapter):
     general = measured["general"]
     assert general["difference"]["n"] == 40
     assert general["difference"]["value"] == pytest.approx(general["tuned_loss"] - general["base_loss"], abs=1e-3)
-    assert (measured["replaces"], measured["forced"]) == (None, False)
+    assert (measured["replaces"], measured["worse_than_served"]) == (None, False)
     assert adapter.manifest.parents == {"samples": str(built.samples.ref)}
     assert adapter.manifest.config["base_digest"]
 
@@ -165,12 +184,26 @@ def test_train_adapter_worse_than_the_served_one_is_refused_until_forced(built, 
     assert built.store.current("release", "worse") == promoted
     forced = train_adapter(recipe, built.store, built.samples, "raft", force=True)
     assert forced.manifest.measured["resumed_at_step"] == forced.manifest.counts["steps"], "trained again"
-    assert forced.manifest.measured["forced"] is True
+    assert forced.manifest.measured["worse_than_served"] is True
     replaces = forced.manifest.measured["replaces"]
     assert replaces["adapter"] == str(adapter.ref)
     assert replaces["difference"]["low"] > 0
     assert "worse, and published by force" in capsys.readouterr().out
     assert built.store.current("release", "worse") == promoted
+
+
+@pytest.mark.parametrize(("objective", "force"), [("dsf", False), ("raft", True)])
+def test_refuse_worse_lets_a_closed_book_adapter_pass_with_a_warning(objective, force, capsys):
+    low = Comparison("adapter/old/1", 0.5, 0.4, Difference(0.1, 0.05, 0.2, 9), left_out=0)
+    assert training.lora._refuse_worse(objective, low, force=force)
+    out, err = capsys.readouterr()
+    assert "validation loss 0.500 against 0.400 of the promoted adapter/old/1 on 9 rows" in (err if not force else out)
+    with pytest.raises(NotBetterError):
+        training.lora._refuse_worse("raft", low, force=False)
+    chance = dataclasses.replace(low, difference=Difference(0.1, -0.05, 0.2, 9))
+    assert not training.lora._refuse_worse("raft", chance, force=False)
+    assert not training.lora._refuse_worse("raft", "another base", force=False)
+    assert "not compared with the promoted release's adapter: another base" in capsys.readouterr().out
 
 
 def test_final_checks_measure_another_adapter_and_leave_the_trained_one_in_place(built, adapter):
@@ -230,9 +263,13 @@ def refused(built, objective="raft", **sections) -> str:
     return str(caught.value)
 
 
-def test_train_adapter_impossible_workers_are_refused_before_waiting(built):
+def test_train_adapter_impossible_workers_are_refused_before_waiting(built, local_ray, monkeypatch):
+    monkeypatch.setattr(training.lora, "_fit", on_ray)
     assert "3 workers need 3 CPUs, the cluster has 2" in refused(built, train={"workers": 3})
     assert "1 workers need 1 GPUs, the cluster has 0" in refused(built, train={"gpus_per_worker": 1})
+
+
+def test_train_adapter_more_workers_than_rows_in_a_step_are_refused(built):
     assert "train.workers is 5 but train.batch_rows is 4" in refused(built, train={"workers": 5})
     told = refused(built, "dsf", train={"workers": 5, "dsf_batch_rows": 3})
     assert "train.dsf_batch_rows is 3" in told
@@ -294,7 +331,8 @@ def test_blame_leaves_other_errors_alone():
 
 
 @pytest.mark.slow
-def test_train_adapter_two_workers_under_zero_3_are_no_different(built, trained):
+def test_train_adapter_two_workers_under_zero_3_are_no_different(built, trained, local_ray, monkeypatch):
+    monkeypatch.setattr(training.lora, "_fit", on_ray)
     recipe, adapter = trained
     train = {"workers": 2, "zero_stage": 3, "zero3_persistence_threshold": 0}
     recipe = changed(recipe, train=train).model_copy(update={"name": "zero3"})

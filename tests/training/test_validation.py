@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from retrieval.records import Question
+from tests.serving.tiny import make_adapter
 from tests.training.tiny import passage, prompt_format
 from tests.training.workers import Told, changed, in_ranks, job_of, process_group
 from training.batching import TokenRow
+from training.final_checks import final_checks
 from training.format import PromptFormat
-from training.lora_engine import load_engine
+from training.lora_engine import load_engine, with_lora
 from training.records import RaftSample
 from training.samples import load_validation
 from training.validation import EarlyStop, ProbeRow, Validator, choose_probe, validation_steps
@@ -180,7 +183,17 @@ def test_train_with_validations_follows_the_same_curve_as_without(built, tmp_pat
     assert curves[0].checks.validation.rows == curves[1].checks.validation.rows
 
 
-def measure_in_rank(rank: int, world_size: int, recipe, samples, zero_stage: int):
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What `final_checks` needs of an adapter artifact."""
+
+    path: Path
+
+    def directory(self) -> Path:
+        return self.path
+
+
+def measure_in_rank(rank: int, world_size: int, recipe, samples, zero_stage: int, other: Folder):
     recipe = changed(recipe, train={"zero_stage": zero_stage, "zero3_persistence_threshold": 0, "probe_rows": 3})
     engine = load_engine(recipe, torch.float32)
     validator = Validator.open(recipe, samples, "raft", PromptFormat.load(recipe.prompt, recipe.language))
@@ -191,16 +204,25 @@ def measure_in_rank(rank: int, world_size: int, recipe, samples, zero_stage: int
     engine.backward(loss)
     engine.step()
     again = validator.measure(engine, rank, world_size)
-    return first, float(loss.detach()), again.rows.mean
+    checks = final_checks(engine, validator, recipe, other, rank, world_size, again)
+    assert validator.losses(engine.module, rank, world_size) == again.rows, "the trained adapter is not back"
+    return first, float(loss.detach()), checks
 
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_validator_measure_on_two_workers_is_that_of_a_plain_model(built, validator, base_path, tmp_path, zero_stage):
-    plain = validator.measure(LlamaForCausalLM.from_pretrained(base_path), 0, 1)
+def test_measures_on_two_workers_are_those_of_a_plain_model(built, validator, base_path, tmp_path, zero_stage):
+    other = Folder(make_adapter(base_path, tmp_path / "other", seed=5))
+    model = with_lora(LlamaForCausalLM.from_pretrained(base_path), built.recipe.lora)
+    plain = validator.measure(model, 0, 1)
+    expected = final_checks(model, validator, built.recipe, other, 0, 1, plain)
     recipe = changed(built.recipe, train={"micro_batch_tokens": 4000})
-    first, loss, after = in_ranks(measure_in_rank, 2, tmp_path / "group", recipe, built.samples, zero_stage)
+    first, loss, found = in_ranks(measure_in_rank, 2, tmp_path / "group", recipe, built.samples, zero_stage, other)
     assert first.rows.sample_ids == plain.rows.sample_ids
     assert first.rows.sums == pytest.approx(plain.rows.sums, rel=1e-5)
     assert (first.exact_match, first.f1) == (plain.exact_match, plain.f1)
     assert loss > 0
-    assert after != pytest.approx(first.loss, abs=1e-9)
+    assert found.validation.loss != pytest.approx(first.loss, abs=1e-9)
+    assert found.general.base.sums == pytest.approx(expected.general.base.sums, rel=1e-4)
+    assert found.general.tuned != found.general.base
+    assert found.replaced.sums == pytest.approx(expected.replaced.sums, rel=1e-4)
+    assert found.replaced.mean != pytest.approx(first.loss, rel=1e-2)
