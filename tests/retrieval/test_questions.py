@@ -148,3 +148,19 @@ def test_beir_folder_tests_with_dev_where_there_is_no_test_and_leaves_a_lone_spl
 def test_folder_that_is_not_beir_s_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^questions\.path: .*qrels/test\.tsv does not exist"):
         read_questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("question", "unanswerable"),
+    [
+        (Question("q", "?", metadata={"kind": "unanswerable", "doc_id": "d"}), True),
+        (Question("q", "?", metadata={"is_impossible": True}), True),
+        (Question("q", "?", metadata={"answerable": False}), True),
+        (Question("q", "?"), False),
+        (Question("q", "?", ("a",), metadata={"kind": "unanswerable"}), False),
+        (Question("q", "?", (), (Golden("d"),), metadata={"kind": "unanswerable"}), False),
+    ],
+)
+def test_question_without_answers_is_unanswerable_only_where_it_says_so(question: Question, unanswerable: bool) -> None:
+    assert question.unanswerable is unanswerable
+    assert question.documents == (("d",) if question.golden or question.metadata.get("doc_id") else ())
