@@ -18,13 +18,13 @@ class QuestionsConfig(Section):
     """Questions with answers, and how they are split."""
 
     path: str = ""
-    """Questions: rayft's or BEIR's .jsonl, SQuAD's .json (1.1 or 2.0), .csv or .parquet."""
+    """Questions: rayft's or BEIR's .jsonl, a BEIR folder, SQuAD's .json (1.1 or 2.0), .csv or .parquet."""
     test_path: str = ""
     """A second file of test questions; without it, questions that carry no `split` are split by document."""
     columns: QuestionColumns = QuestionColumns()
     """Columns of .jsonl, .csv and .parquet."""
     test_documents_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Share of documents held out whole when rayft splits (test_new_documents)."""
+    """Share of documents held out whole when rayft splits (test_new_documents); 0 tests new questions alone."""
     test_questions_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the other documents' questions held out (test_new_questions)."""
     near_duplicate: float = Field(default=0.9, gt=0, le=1)
