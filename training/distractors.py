@@ -25,7 +25,7 @@ from itertools import islice
 
 from retrieval.records import Chunk, Hit, Passage, Question
 from training.config import SamplesConfig
-from training.passage_match import is_verdict, mentions, nearly_same, touches
+from training.passage_match import is_verdict, may_mention, mentions, nearly_same, touches
 
 # Passages whose share of an answer says whether it is common, and the share from which it is.
 SAMPLE_PASSAGES = 200
@@ -49,6 +49,10 @@ class AnswerTells:
     """Texts drawn from the corpus."""
     _known: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def _all(self) -> str:
+        return "\n".join(self.sample)
+
     def __call__(self, answer: str) -> bool:
         """Whether holding this answer tells that a passage answers."""
         if answer not in self._known:
@@ -60,6 +64,8 @@ class AnswerTells:
     def _is_common(self, answer: str) -> bool:
         if is_verdict(answer):
             return True
+        if may_mention(answer, self._all) < COMMON_LEAST:
+            return False
         holding = sum(mentions(answer, text) for text in self.sample)
         return holding >= COMMON_LEAST and holding >= COMMON_SHARE * len(self.sample)
 

@@ -235,15 +235,25 @@ def fold_text(text: str) -> str:
     return " ".join(filter(None, words))
 
 
+@lru_cache(maxsize=64)
+def _folded(text: str) -> tuple[str, list[int]]:
+    """`fold`, kept for the next quote of the same passage: not to be changed."""
+    return fold(text)
+
+
 def find_quote(quote: str, text: str) -> tuple[int, int] | None:
     """Where `quote` stands in `text`, both folded: character offsets `[start, end)` into `text`, or None.
 
     A match that begins or ends inside what one character folds to (`300 m` in `300 ㎡`) is none.
     """
     needle = fold_text(quote)
-    if not needle or needle not in fold_text(text):
+    plain = fold_text(text)
+    position = plain.find(needle) if needle else -1
+    if position < 0:
         return None
-    haystack, origins = fold(text)
+    if len(plain) == len(text) and text.isascii():  # most text: each character folds to one, in its own place
+        return position, position + len(needle)
+    haystack, origins = _folded(text)
     position = haystack.find(needle)
     while position >= 0:
         end = position + len(needle)
