@@ -80,7 +80,7 @@ def test_no_difference_is_not_significant():
 
 
 def test_questions_that_one_side_does_not_apply_to_are_left_out_on_both():
-    found = difference([[1, 1], [0, 0], [1, 1]], [[0, 1], [1, 1], [1, 1]], ratio, resamples=100, seed=2)
+    found = difference([[1, 1], [0, 0], [1, 1], [1, 1]], [[0, 1], [1, 1], [1, 1], [0, 0]], ratio, resamples=100, seed=2)
     assert found is not None and (found.value, found.n) == (0.5, 2)
     assert difference([[0, 0]], [[1, 1]], ratio, resamples=100, seed=2) is None
 
