@@ -81,7 +81,7 @@ def _sort_out(
     drops: collections.Counter[str] = collections.Counter()
     for question in questions:
         made = closed_book(question)
-        if is_unanswerable(question):
+        if question.unanswerable:
             able.append(question)
         elif isinstance(made, str):
             drops[made] += 1
@@ -91,11 +91,6 @@ def _sort_out(
             able.append(question)
             teaches.add(question.question_id)
     return able, teaches, drops
-
-
-def is_unanswerable(question: Question) -> bool:
-    """Whether abstaining is the right answer: the documents do not say."""
-    return question.metadata.get("kind") == "unanswerable" or not (question.answers or question.golden)
 
 
 def fact_of(question: Question) -> Fact:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from retrieval.records import Golden, Question
 from training.config import SamplesConfig
 from training.records import RaftSample
-from training.sample_choice import choose_questions, fact_of, is_unanswerable
+from training.sample_choice import choose_questions, fact_of
 
 ABSTAINING = RaftSample("s", "q", "dsf", "?", (), (), False, "", (), "", "", "train")
 
@@ -52,7 +52,7 @@ def test_choose_questions_validation_never_trains_and_costs_no_more_than_a_fifth
     spare = max(0, able - needed)
     assert len(chosen.validation_raft) == min(validation, max(spare, able // 5))
     assert len(chosen.raft) == min(raft, able - len(chosen.validation_raft))
-    assert not any(is_unanswerable(q) for q in (*chosen.dsf, *chosen.validation_dsf))
+    assert not any(q.unanswerable for q in (*chosen.dsf, *chosen.validation_dsf))
 
 
 def test_choose_questions_closed_book_rows_validate_facts_that_are_told_in_other_words():
@@ -72,7 +72,7 @@ def test_choose_questions_that_can_give_no_row_are_counted_by_reason():
         Question("long", "What?", ("x" * 30,), (Golden("d1"),), "train"),
         Question("nowhere", "Where?", ("there",), (), "train"),
         Question("silent", "Who?", (), (Golden("d1"),), "train"),
-        Question("open", "Whence?", (), (), "train"),
+        Question("open", "Whence?", (), (), "train", {"is_impossible": True}),
     ]
     chosen = choose_questions(asked, SamplesConfig(validation_rows=0), 1, closed_book)
     assert chosen.drops == collections.Counter({"answer too long": 1, "no golden place": 1, "no answer": 1})

@@ -345,3 +345,22 @@ def test_build_samples_prompt_path_relative_to_the_driver_is_read(built, tmp_pat
     )
     samples = build_samples(recipe, built.store, built.index)
     assert {row.answer for row in load_samples(samples, "raft")} == {"The documents are silent."}
+
+
+def test_build_samples_unanswerable_questions_teach_to_abstain(built, tmp_path):
+    silent = [
+        Question(f"u{n}", f"Who invented the {thing}?", split="train", metadata={"kind": "unanswerable"})
+        for n, thing in enumerate(("zip", "lamp", "wheel"))
+    ]
+    write_questions(tmp_path / "q.jsonl", [*read_questions(built.recipe.questions.path), *silent])
+    questions = built.recipe.questions.model_copy(update={"path": str(tmp_path / "q.jsonl")})
+    samples = built.recipe.samples.model_copy(update={"raft_rows": 100, "validation_rows": 0})
+    recipe = built.recipe.model_copy(update={"name": "silent", "questions": questions, "samples": samples})
+    made = build_samples(recipe, built.store, built.index)
+    rows = [row for row in load_samples(made, "raft") if row.question_id.startswith("u")]
+    assert len(rows) == 3
+    for row in rows:
+        assert row.answer == PromptFormat.load(recipe.prompt, "en").texts.abstention
+        assert not row.golden_present
+        assert (len(row.passages), row.quotes) == (3, ())
+    assert not [row for row in load_samples(made, "dsf") if row.question_id.startswith("u")]
