@@ -30,6 +30,7 @@ def test_paragraph_that_stands_twice_in_a_document_counts_once():
 def test_short_paragraphs_are_whole_documents_only():
     found = find_contexts(["See also.", "Yes"], documents("See also. Much more text here.", "See also.", "Yes"))
     assert [[place.doc_id for place in places] for places in found] == [["d1"], ["d2"]]
+    assert find_contexts(["See also."], documents("See also. Much more text here.")) == [[]]
 
 
 def test_other_white_space_and_unicode_forms_are_the_same_words():
@@ -41,6 +42,10 @@ def test_other_white_space_and_unicode_forms_are_the_same_words():
     assert held[golden.start : golden.end] == "for ships."
     golden = found[0].golden(written.index("km"), written.index("km") + 3)
     assert held[golden.start : golden.end] == "km2"
+    golden = found[0].golden(start + 4, len(written) - 2)
+    assert held[golden.start : golden.end] == "ship"
+    golden = found[0].golden(start + 5, len(written))
+    assert held[golden.start : golden.end] == "hips."
 
 
 def test_chinese_paragraphs_are_found():

@@ -34,7 +34,7 @@ FILE = squad(
         asked("second", ("Oslo", 46), ("Oslo", 46), ("the harbour of Oslo", 31)),
         asked("shifted", ("Norway", 20)),
         asked("elsewhere", ("a fjord", 3)),
-        asked("no", is_impossible=True, plausible_answers=[{"text": "Oslo", "answer_start": 0}]),
+        asked("no", ("Oslo", 0), is_impossible=True, plausible_answers=[{"text": "Oslo", "answer_start": 0}]),
     ),
     paragraph(SECOND, asked("west", ("in the west", 12), hint="compass")),
 )
@@ -68,6 +68,9 @@ def test_impossible_question_is_unanswerable_and_knows_its_document(path: Path) 
 def test_file_as_corpus_has_the_documents_that_its_questions_name(path: Path) -> None:
     corpus = CorpusConfig(path=str(path))
     documents = list(read_documents(corpus))
+    path.write_bytes(squad(paragraph(FIRST), paragraph(SECOND), paragraph(FIRST)))
+    assert list(read_documents(CorpusConfig(path=str(path), strict=True))) == documents  # a repeated one is no fault
+    path.write_bytes(FILE)
     assert documents == [
         Document(OWN, "Norway (country)", FIRST),
         Document(paragraph_id("Norway_(country)", SECOND), "Norway (country)", SECOND),
