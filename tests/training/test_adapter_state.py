@@ -136,6 +136,7 @@ def test_two_workers_under_every_stage_are_one_plain_loop_and_any_goes_on_from_a
                 torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_master_weights_in_float32_under_every_stage(tmp_path):
     losses, _, _ = plain_loop(torch.bfloat16)
     answers = in_ranks(every_kind, 2, tmp_path / "group", torch.bfloat16, 1)
