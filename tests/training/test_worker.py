@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from cluster.errors import UserError
 from cluster.storage import LocalStorage
-from tests.training.workers import Told, job_of, process_group
+from tests.training.workers import Told, in_ranks, job_of, process_group
 from training.adapter_checkpoint import FOLDER, PROGRESS, STATE
 from training.batching import plan_steps
 from training.lora_engine import learning_rate_at
@@ -208,3 +208,29 @@ def test_train_out_of_gpu_memory_is_one_line(built, tmp_path, monkeypatch):
     monkeypatch.setattr("training.worker.summed_loss", exhausted)
     with pytest.raises(UserError, match=r"^train\.micro_batch_tokens: the GPU's memory is too small for 3072 tokens"):
         train(job_of(built, tmp_path), 0, 1, Told())
+
+
+def two_ranks(rank, world_size, config):
+    return train(config, rank, world_size, Told())
+
+
+def test_train_begun_by_one_worker_goes_on_with_two_under_zero_3_with_offload(built, tmp_path):
+    config = job_of(built, tmp_path, objective="dsf", dsf_batch_rows=5, validations_per_epoch=1, dsf_epochs=1)
+    config = dataclasses.replace(config, recipe={**config.recipe, "train": {**config.recipe["train"], **SMALL}})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, 0, 1, stop_at(2))
+    sharded = {
+        "workers": 2,
+        "zero_stage": 3,
+        "zero3_persistence_threshold": 0,
+        "offload": "cpu",
+        "micro_batch_tokens": 300,
+    }
+    recipe = {**config.recipe, "train": {**config.recipe["train"], **sharded}}
+    # 24 rows in steps of 5: the last has 4, and a worker may have fewer micro-batches than the other.
+    report = in_ranks(two_ranks, 2, tmp_path / "group", dataclasses.replace(config, recipe=recipe))
+    expected, losses = plain_loop(config)
+    assert report.resumed_at == 2
+    assert report.losses == pytest.approx(losses, abs=1e-3)
+    assert_same(weights(config), expected)
+    assert all(value.numel() > 0 for value in weights(config).values())
