@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from serving.records import Answer
     from training.asking import LocalTeacher
 
-PATH_KEYS = ("model.base", "encoder.model", "teacher.model")
+PATH_KEYS = ("model.base", "model.chat_template", "encoder.model", "teacher.model")
 """Recipe keys that may hold a local path although their name does not say so."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
@@ -113,7 +113,9 @@ def local_teacher(recipe: Recipe) -> Iterator[LocalTeacher]:
     own = recipe.teacher.model
     try:
         base = base_model_directory(
-            recipe.model.model_copy(update={"base": own, "revision": None}) if own else recipe.model
+            recipe.model.model_copy(update={"base": own, "revision": None, "chat_template": ""})
+            if own
+            else recipe.model
         )
     except UserError as error:
         raise UserError(str(error).replace("model.base", "teacher.model") if own else str(error)) from error
