@@ -260,30 +260,27 @@ def collate_packed(rows: Sequence[TokenRow], pad_token_id: int) -> PackedBatch:
     return PackedBatch(tokens[None], positions[None], places, tokens[places + 1])
 
 
-def summed_loss(model: Any, batch: Batch | PackedBatch) -> torch.Tensor:
-    """Sum over target tokens of the cross-entropy, in float32: a scalar tensor, 0 for a filler.
+def target_logits(model: Any, batch: Batch | PackedBatch) -> torch.Tensor:
+    """What the model predicts where there is a label, and there only (of a padded batch: in the columns that hold
+    one): a batch of 4 × 640 tokens would otherwise hold 500 MB of logits.
 
-    Logits are computed where there is a label only (of a padded batch: in the columns that hold one): a batch of
-    4 × 640 tokens would otherwise hold 500 MB of them.
+    Returns:
+        (rows, target columns, vocabulary) of a padded batch, (1, targets, vocabulary) of a packed one.
     """
+    shared = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if isinstance(batch, PackedBatch):
+        packed: torch.Tensor = model(**shared, attention_mask=None, logits_to_keep=batch.predictors).logits
+        return packed
+    columns = batch.labels.shape[1]
+    padded: torch.Tensor = model(**shared, attention_mask=batch.attention_mask, logits_to_keep=columns + 1).logits
+    return padded[:, :-1]  # the last column predicts past the end
+
+
+def summed_loss(model: Any, batch: Batch | PackedBatch) -> torch.Tensor:
+    """Sum over target tokens of the cross-entropy, in float32: a scalar tensor, 0 for a filler."""
     import torch
 
-    if isinstance(batch, PackedBatch):
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=None,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.predictors,
-            use_cache=False,
-        ).logits  # (1, targets, vocabulary)
-    else:
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.labels.shape[1] + 1,
-            use_cache=False,
-        ).logits[:, :-1, :]  # (rows, columns, vocabulary), without the last column, which predicts past the end
+    logits = target_logits(model, batch)
     return torch.nn.functional.cross_entropy(
         logits.float().reshape(-1, logits.shape[-1]), batch.labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
-from training.batching import Packing, TokenRow, collate_packed
+from training.batching import Packing, TokenRow, collate_packed, target_logits
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +53,4 @@ def _logits_beside(model: Any, neighbour: int, device: torch.device) -> torch.Te
     other = TokenRow("", tuple(2 + (5 * place + 7 * neighbour) % 16 for place in range(16)), 1)
     batch = collate_packed([other, sample], 0).to(device)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=None,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.predictors,
-            use_cache=False,
-        ).logits
-    return logits[0, 1:].float()
+        return target_logits(model, batch)[0, 1:].float()

@@ -152,19 +152,13 @@ def _losses_of_rows(model: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each row, summed over its target tokens: (rows,) float32."""
     import torch
 
-    from training.batching import IGNORED
+    from training.batching import IGNORED, target_logits
 
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.labels.shape[1] + 1,
-        use_cache=False,
-    ).logits  # (rows, target columns + 1, vocabulary); the last column predicts past the end
+    logits = target_logits(model, batch)
     # Only where there is a label: of 40 short rows that is a tenth of the columns, and of the float32 logits.
     labelled = batch.labels != IGNORED
     losses = torch.zeros(batch.labels.shape, device=batch.labels.device)
     losses[labelled] = torch.nn.functional.cross_entropy(
-        logits[:, :-1][labelled].float(), batch.labels[labelled], reduction="none"
+        logits[labelled].float(), batch.labels[labelled], reduction="none"
     )
     return losses.sum(dim=1)
