@@ -90,7 +90,8 @@ def save_checkpoint(work: str, checkpoint: Checkpoint) -> None:
             data = save(dict(tensors))
             storage.replace(f"{folder}/{name}", data)
             files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        described = {"format": CHECKPOINT_FORMAT, "files": files, **dataclasses.asdict(checkpoint.progress)}
+        # Not `asdict`, which copies every row: 3 s for the history of 250,000 steps, at each checkpoint.
+        described = {"format": CHECKPOINT_FORMAT, "files": files, **vars(checkpoint.progress)}
         storage.replace(f"{folder}/{PROGRESS}", json.dumps(described).encode())
     except _medium_errors(storage) as error:
         with contextlib.suppress(*_medium_errors(storage)):

@@ -7,6 +7,7 @@ Not covered: live curves (training/trackers.py), the report's plots (evaluation/
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,8 +101,6 @@ def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int],
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and up to `window - 1` before it."""
-    means = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        means.append(sum(recent) / len(recent))
-    return means
+    sums = [0.0, *itertools.accumulate(values)]
+    starts = [max(0, end - window) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]

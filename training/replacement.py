@@ -19,7 +19,7 @@ from cluster.manifest import ArtifactRef
 from cluster.releases import KIND, read_release
 from training.format import fold
 from training.row_losses import Difference, RowLosses, difference
-from training.samples import load_samples, load_validation
+from training.samples import load_validation, sample_files
 
 if TYPE_CHECKING:
     from cluster.stage import Plan
@@ -145,10 +145,15 @@ def compare(
 
 def _trained_on(adapter: Artifact) -> frozenset[str]:
     """The questions that an adapter was trained on, normalised; of both objectives where it may have seen both."""
+    import pyarrow.parquet as pq
+
     samples = adapter.store.open_ref(ArtifactRef.parse(adapter.manifest.parents["samples"]))
     config = adapter.manifest.config
     objectives = {config["objective"], *config.get("train", {}).get("mixture", {})}
-    return frozenset(_normalised(row.question) for objective in objectives for row in load_samples(samples, objective))
+    files = [path for objective in objectives for path in sample_files(samples, objective)]
+    # This column alone: whole rows hold all their passages, 10 KB each in memory.
+    columns = (pq.read_table(path, columns=["question"])["question"] for path in files)
+    return frozenset(_normalised(question.as_py()) for column in columns for question in column)
 
 
 def _normalised(question: str) -> str:

@@ -121,7 +121,7 @@ class Validator:
         cls, recipe: TrainingRecipe, samples: Artifact, objective: Objective, prompt_format: PromptFormat
     ) -> Validator | None:
         """The validator of an objective's rows; none where no row validates it, or none fits `train.max_tokens`."""
-        from training.samples import load_questions, load_validation
+        from training.samples import load_validation
 
         tokenizer = load_tokenizer(base_model_directory(recipe.model))
         validation = load_validation(samples, objective)
@@ -129,7 +129,7 @@ class Validator:
         kept = [(row, sample) for row, sample in tokenised if len(row.input_ids) <= recipe.train.max_tokens]
         if not kept:
             return None
-        questions = {question.question_id: question for question in load_questions(samples)}
+        questions = _questions_of(samples, [sample for _, sample in kept])
         chosen = choose_probe([sample for _, sample in kept], questions, recipe.train.probe_rows, recipe.seed)
         probe = [_probe_row(*kept[place], questions) for place in chosen]
         return cls(recipe, [row for row, _ in kept], probe, prompt_format)
@@ -216,6 +216,17 @@ class Validator:
                 )
                 completions += self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         return completions
+
+
+def _questions_of(samples: Artifact, rows: Sequence[RaftSample]) -> dict[str, Question]:
+    """The questions of some rows by id; no worker holds all those of the set."""
+    import pyarrow.parquet as pq
+
+    from retrieval.records import Question
+
+    wanted = {row.question_id for row in rows}
+    found = pq.read_table(samples.path("questions.parquet"), filters=[("question_id", "in", wanted)])
+    return {question.question_id: question for question in map(Question.from_row, found.to_pylist())}
 
 
 def _left_padded(ids: Sequence[int], width: int, filling: int) -> list[int]:

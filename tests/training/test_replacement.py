@@ -5,9 +5,10 @@ import pytest
 from cluster.releases import promote, publish_release
 from cluster.stage import Plan
 from tests.training.tiny import country_questions
+from training.records import RaftSample
 from training.replacement import LEAST_ROWS, Comparison, compare, find_served
 from training.row_losses import RowLosses
-from training.samples import load_samples, load_validation
+from training.samples import load_samples, load_validation, write_table
 
 CONFIG = {"objective": "raft", "train": {}, "base_digest": "b" * 64, "prompt_format": 1}
 
@@ -89,14 +90,18 @@ def test_compare_is_worse_only_where_the_interval_says_so(built, served):
     assert worse.figures()["its_validation_loss"] == 0.4
 
 
-def test_compare_leaves_out_questions_that_the_served_adapter_was_trained_on(built, served, monkeypatch):
+def test_compare_leaves_out_questions_that_the_served_adapter_was_trained_on(built, served, monkeypatch, tmp_path):
+    def trains_on(samples: list[RaftSample]) -> None:
+        write_table(tmp_path / "rows.parquet", [row.to_row() for row in samples], RaftSample.schema())
+        monkeypatch.setattr("training.replacement.sample_files", lambda *_: [tmp_path / "rows.parquet"])
+
     rows = load_validation(built.samples, "raft")
     known = [dataclasses.replace(rows[0], question=f"  {rows[0].question.upper()} ", sample_id="trained-0")]
-    monkeypatch.setattr("training.replacement.load_samples", lambda samples, objective: known)
+    trains_on(known)
     found = compared(built, served, 0.5, 0.4)
     assert (found.left_out, found.difference.n) == (1, len(rows) - 1)
     most = [dataclasses.replace(row, sample_id="trained") for row in rows[: len(rows) - LEAST_ROWS + 1]]
-    monkeypatch.setattr("training.replacement.load_samples", lambda samples, objective: most)
+    trains_on(most)
     told = compare(
         served, losses_on_validation(built, 9.0), losses_on_validation(built, 1.0), built.samples, "raft", seed=1
     )
@@ -106,7 +111,7 @@ def test_compare_leaves_out_questions_that_the_served_adapter_was_trained_on(bui
 
 def test_compare_counts_what_a_mixture_was_trained_on(built, monkeypatch):
     asked = []
-    monkeypatch.setattr("training.replacement.load_samples", lambda samples, objective: asked.append(objective) or [])
+    monkeypatch.setattr("training.replacement.sample_files", lambda samples, objective: asked.append(objective) or [])
     mixed = publish_adapter(built, "mixed-raft", built.samples.ref, train={"mixture": {"raft": 0.8, "dsf": 0.2}})
     compared(built, mixed, 0.4, 0.5)
     assert sorted(asked) == ["dsf", "raft"]

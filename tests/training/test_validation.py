@@ -17,8 +17,8 @@ from training.final_checks import final_checks
 from training.format import PromptFormat
 from training.lora_engine import load_engine, with_lora
 from training.records import RaftSample
-from training.samples import load_validation
-from training.validation import EarlyStop, ProbeRow, Validator, choose_probe, validation_steps
+from training.samples import load_questions, load_validation
+from training.validation import EarlyStop, ProbeRow, Validator, _questions_of, choose_probe, validation_steps
 from training.worker import train
 
 LOSSES = st.lists(st.floats(0, 10), max_size=12)
@@ -125,6 +125,16 @@ def test_validator_measure_leaves_a_plain_model_as_it_was(built, validator, base
     assert measured.loss == pytest.approx(measured.rows.mean)
     assert set(measured.figures()) == {"validation_loss", "exact_match", "f1"}
     assert measured.seconds >= measured.probe_seconds > 0
+
+
+def test_validator_accepts_the_answers_of_the_questions_file(built, validator):
+    known = {question.question_id: question for question in load_questions(built.samples)}
+    assert validator.probe
+    for row in validator.probe:
+        assert row.accepted == known[row.sample.question_id].answers
+    rows = load_validation(built.samples, "raft")
+    assert _questions_of(built.samples, rows) == {row.question_id: known[row.question_id] for row in rows}
+    assert len({row.question_id for row in rows}) < len(known)
 
 
 class Parrot(torch.nn.Module):
