@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,11 +46,21 @@ def write_adapter(directory: Path, model: Any, state: Mapping[str, torch.Tensor]
 
 
 def copy_directory(folder: str, uri: str) -> None:
-    """Copies a local folder below a directory that any worker can write to."""
+    """Copies a local folder below a directory that any worker can write to.
+
+    Raises:
+        UserError: The disk there cannot be written, naming `store.uri`.
+    """
     import pyarrow.fs as pafs
 
     from retrieval.documents import open_filesystem
 
     filesystem, inner = open_filesystem(uri)
-    filesystem.create_dir(inner, recursive=True)
-    pafs.copy_files(folder, inner, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    try:
+        filesystem.create_dir(inner, recursive=True)
+        pafs.copy_files(folder, inner, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    except OSError as error:
+        if "://" in uri:  # an object store may answer the workers that replace these
+            raise
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UserError(f"store.uri: cannot write {uri}: {reason}; make room, or name another place") from error

@@ -175,6 +175,12 @@ class TrainConfig(Section):
     variables and need `pip install 'rayft[trackers]'`."""
 
     @model_validator(mode="after")
+    def _offload_has_a_stage(self) -> Self:
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload: cpu moves what ZeRO shards: set zero_stage to 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
     def _mixture_has_weights(self) -> Self:
         if self.mixture and (min(self.mixture.values()) < 0 or not self.mixture.get("raft")):
             raise ValueError(f"mixture: {self.mixture} needs a weight above 0 for raft, and none below 0")

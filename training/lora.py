@@ -185,7 +185,8 @@ def _build(
     new = None if validated is None else validated.rows
     compared = compare(served, new, report.checks.replaced, samples, objective, recipe.seed)
     worse = _refuse_worse(objective, compared, force=force)
-    draw_curve(report.history, attempt.directory / "curve.png", title=f"{attempt.ref.name} {attempt.ref.version}")
+    with store.blames_uri():
+        draw_curve(report.history, attempt.directory / "curve.png", title=f"{attempt.ref.name} {attempt.ref.version}")
     return Outcome(
         counts={
             "rows": counts.rows,

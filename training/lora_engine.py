@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import UserError
 from training.base_model import base_model_directory, load_model
 from training.config import LoraSection, TrainingRecipe
 from training.packing_check import refuse_unpackable
@@ -25,7 +26,8 @@ def load_engine(recipe: TrainingRecipe, dtype: torch.dtype) -> Any:
     """The recipe's base model with a fresh adapter, ready to train; torch.distributed must be initialised.
 
     Raises:
-        UserError: The base model does not load, or lets packed samples see each other (`train.packing`).
+        UserError: The base model does not load, is too large for the GPU, or lets packed samples see each other
+            (`train.packing`).
     """
     import torch
 
@@ -33,7 +35,13 @@ def load_engine(recipe: TrainingRecipe, dtype: torch.dtype) -> Any:
     torch.manual_seed(recipe.seed)
     adapted = with_lora(model, recipe.lora, recipe.train.gradient_checkpointing)
     refuse_unpackable(adapted, recipe.train.packing)
-    return deepspeed_engine(adapted, recipe, dtype)
+    try:
+        return deepspeed_engine(adapted, recipe, dtype)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.zero_stage: the GPU's memory is too small to hold {recipe.model.base}; shard it over more workers "
+            "with train.zero_stage=3, keep it in the host's memory with train.offload=cpu, or take a smaller model.base"
+        ) from error
 
 
 def with_lora(model: Any, lora: LoraSection, gradient_checkpointing: bool = False) -> Any:
@@ -41,6 +49,9 @@ def with_lora(model: Any, lora: LoraSection, gradient_checkpointing: bool = Fals
 
     The adapter keeps the model's dtype: float32 adapters inside a bfloat16 model halved the speed on CPU. Precision is
     kept where it matters, in the optimiser's float32 master weights.
+
+    Raises:
+        UserError: The model has no such modules (`lora.target_modules`).
     """
     from peft import LoraConfig, get_peft_model
 
@@ -53,7 +64,11 @@ def with_lora(model: Any, lora: LoraSection, gradient_checkpointing: bool = Fals
         target_modules=modules,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"lora.target_modules: {lora.target_modules} does not fit the base model: {reason}") from error
     if gradient_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

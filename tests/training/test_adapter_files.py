@@ -1,10 +1,12 @@
 import json
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from training.adapter_files import save_adapter
+from cluster.errors import UserError
+from training.adapter_files import copy_directory, save_adapter
 from training.config import LoraSection
 from training.lora_engine import with_lora
 
@@ -30,3 +32,12 @@ def test_save_adapter_plain_peft_reads_it_and_no_path_of_this_machine_stands_in_
     assert str(base_path) not in (found / "adapter_config.json").read_text()
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_path), found)
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+
+
+def test_copy_directory_to_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "history.jsonl").write_text("{}")
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match=r"^store\.uri: cannot write .*taken/adapter: ") as caught:
+        copy_directory(str(tmp_path / "from"), str(tmp_path / "taken" / "adapter"))
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from cluster.errors import UserError
 from training.config import LoraSection, TrainingRecipe
 from training.lora_engine import _compile_nothing, deepspeed_config, learning_rate_at, with_lora
 
@@ -39,6 +40,17 @@ def test_deepspeed_config_persistence_threshold_and_precision_reach_deepspeed():
 def test_deepspeed_config_offload_moves_what_the_stage_can_move(stage, moved):
     zero = deepspeed_config(recipe(zero_stage=stage, offload="cpu"), bfloat16=False)["zero_optimization"]
     assert {name for name, value in zero.items() if value == {"device": "cpu", "pin_memory": False}} == moved
+
+
+def test_train_offload_without_a_stage_that_shards_is_refused():
+    with pytest.raises(ValueError, match="offload: cpu moves what ZeRO shards: set zero_stage"):
+        recipe(offload="cpu")
+
+
+def test_with_lora_modules_that_the_model_has_not_are_one_line(base_path):
+    with pytest.raises(UserError, match=r"^lora\.target_modules: q_prj does not fit the base model: ") as caught:
+        with_lora(LlamaForCausalLM.from_pretrained(base_path), LoraSection(target_modules="q_prj"))
+    assert "\n" not in str(caught.value)
 
 
 def test_with_lora_only_the_adapter_trains_and_starts_as_no_change(base_path):
