@@ -6,6 +6,7 @@ served (training/replacement.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.config import TrainingRecipe
@@ -27,7 +28,7 @@ def measured_figures(recipe: TrainingRecipe, report: WorkerReport) -> dict[str, 
     change = general.difference(recipe.seed)
     return {
         "training_seconds": round(report.seconds, 2),
-        "tokens_per_second": round(_tokens_per_second(report), 1),
+        "tokens_per_second": round(tokens_per_second(report.history), 1),
         "padding_share": round(report.padding_share, 4),
         "final_loss": round(training_loss(report), 4),
         **_validation_figures(report),
@@ -72,11 +73,11 @@ def training_loss(report: WorkerReport) -> float:
     return sum(last) / len(last)
 
 
-def _tokens_per_second(report: WorkerReport) -> float:
+def tokens_per_second(history: Sequence[Mapping[str, Any]]) -> float:
     """Over the optimiser steps alone: validations and checkpoints between them do not count."""
     tokens = seconds = 0.0
     before = 0
-    for row in report.history:
+    for row in history:
         if "loss" in row:
             tokens += row["tokens"] - before
             seconds += (row["tokens"] - before) / row["tokens_per_second"]

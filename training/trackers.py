@@ -206,7 +206,7 @@ class _TensorBoard:
     def __init__(self, directory: Path, settings: Mapping[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None, flush_secs=10)
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=10)
         if not first_step:
             table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
             self._writer.add_text("recipe", f"| setting | value |\n|---|---|\n{table}")

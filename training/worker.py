@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from cluster.errors import UserError
 from cluster.storage import OBJECT_SCHEMES
 from training.adapter_checkpoint import Checkpoint, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from training.adapter_files import copy_directory, save_adapter
+from training.adapter_report import tokens_per_second
 from training.adapter_state import (
     adapter_weights,
     all_finite,
@@ -94,8 +96,6 @@ class WorkerConfig:
 class WorkerReport:
     """What the first worker says of the run; figures include what interrupted runs did before."""
 
-    rows: int
-    """Training rows of an epoch."""
     steps: int
     """Planned; fewer are taken when training stops early."""
     losses: tuple[float, ...]
@@ -116,7 +116,7 @@ class WorkerReport:
     device: str
     precision: str
     mfu: float | None
-    """Model FLOPs utilisation; none where the device has no known peak."""
+    """Model FLOPs utilisation over the steps; none where the device has no known peak."""
     checks: FinalFigures
     """What was measured of the adapter that is left."""
 
@@ -148,7 +148,7 @@ def train(config: WorkerConfig, rank: int, world_size: int, tell: Tell) -> Worke
             f"{recipe.train.micro_batch_tokens} tokens at once; lower it, or set train.gradient_checkpointing"
         ) from error
     finally:
-        run.tracker.close()
+        run.close()
 
 
 class _Run:
@@ -222,7 +222,6 @@ class _Run:
             self.measured if self.early.best_step else None,
         )
         return WorkerReport(
-            rows=len(self.rows),
             steps=len(self.steps),
             losses=progress.losses,
             history=progress.history,
@@ -236,9 +235,15 @@ class _Run:
             trainable_parameters=trainable,
             device=self.device_name,
             precision=str(self.dtype).removeprefix("torch."),
-            mfu=self._mfu(progress.tokens / progress.seconds),
+            mfu=self._mfu(tokens_per_second(progress.history)),
             checks=checks,
         )
+
+    def close(self) -> None:
+        """Ends the tracker; what it wrote here for a store elsewhere has been copied there."""
+        self.tracker.close()
+        if self.config.work.startswith(OBJECT_SCHEMES):
+            shutil.rmtree(self.curves, ignore_errors=True)
 
     def _step(self, number: int) -> dict[str, Any]:
         """One optimiser step; returns figures to show, and under `checkpoint` whether one is due."""
@@ -376,8 +381,8 @@ class _Run:
     def _open_tracker(self) -> Tracker:
         """In the work directory, where TensorBoard can watch it and a later run goes on; with an object store in a
         directory of this machine."""
-        here = self.config.work.startswith(OBJECT_SCHEMES)
-        self.curves = Path(tempfile.mkdtemp(prefix="rayft-")) if here else Path(self.config.work) / TRACKER
+        elsewhere = self.config.work.startswith(OBJECT_SCHEMES)
+        self.curves = Path(tempfile.mkdtemp(prefix="rayft-")) if elsewhere else Path(self.config.work) / TRACKER
         recipe = self.recipe
         if self.rank != 0:
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tracker": "none"})})

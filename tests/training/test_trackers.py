@@ -51,6 +51,14 @@ def test_tensorboard_resumed_run_replaces_what_was_written_past_the_checkpoint(t
     assert scalars(tmp_path)["loss"] == [(1, 9.0), (2, 1.0)]
 
 
+def test_tensorboard_run_killed_before_its_first_checkpoint_is_replaced(tmp_path):
+    for loss in (9.0, 1.0):
+        tracker = open_tracker(recipe("tensorboard"), tmp_path, "tiny-raft")
+        tracker.log(1, {"loss": loss})
+        tracker.close()
+    assert scalars(tmp_path)["loss"] == [(1, 1.0)]
+
+
 def test_tensorboard_full_disk_is_one_line_and_never_an_error(tmp_path, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
