@@ -2,8 +2,8 @@
 
 In: questions in a fixed order. Out: which are kept, and why each other one is not. Two users, two sets of rules:
 
-- `drop_repeats`, for questions that a user brings: two are one when their answers agree, they are about the same
-  document, and they share nearly all words; a training question may not repeat a test question.
+- `drop_repeats` and `drop_leaks`, for questions that a user brings: two are one when their answers agree, they are
+  about the same document, and they share nearly all words; a training question may not repeat a test question.
 - `sift`, for questions that a teacher wrote about single chunks, is stricter: the same words with the same answer are
   one anywhere, and a question with different answers in different places is kept nowhere, since nobody can answer it
   without being told the place.
@@ -122,6 +122,21 @@ def drop_repeats(questions: Sequence[Question], tests: Collection[str], threshol
     )
 
 
+def drop_leaks(questions: Sequence[Question], tests: Collection[str]) -> Sifted:
+    """Drops what has all words and an answer of a test question, whatever their documents: for questions that were
+    split after `drop_repeats`, which leaves nothing else to find. `tests` are the ids of the test questions."""
+    entries = [_entry(question, ()) for question in questions]
+    exact = {form for entry in entries if entry.question.question_id in tests for form in entry.forms()}
+    kept: list[Question] = []
+    dropped: list[tuple[Question, str]] = []
+    for entry in entries:
+        if entry.question.question_id in tests or exact.isdisjoint(entry.forms()):
+            kept.append(entry.question)
+        else:
+            dropped.append((entry.question, LEAK))
+    return Sifted(kept, dropped)
+
+
 def sift(questions: Sequence[Question], stop_words: Collection[str], threshold: float) -> Sifted:
     """Keeps the first of near-duplicates, and none of ambiguous questions.
 
@@ -179,8 +194,9 @@ class _Near:
         )
 
     def add(self, entry: _Entry) -> None:
+        words = frozenset(entry.words)
         for place in self._places(entry):
-            self._near[place].append(frozenset(entry.words))
+            self._near[place].append(words)
 
     def _places(self, entry: _Entry) -> Iterator[tuple[str, Words, str]]:
         rare_first = sorted(entry.words, key=lambda word: (self._frequency[word], word))

@@ -20,7 +20,7 @@ from cluster.progress import say
 from retrieval.questions import read_questions
 from retrieval.records import Question
 from training.config import QuestionsConfig, TrainingRecipe
-from training.duplicates import drop_repeats
+from training.duplicates import Sifted, drop_leaks, drop_repeats
 
 TRAIN = "train"
 NEW_QUESTIONS = "test_new_questions"
@@ -62,11 +62,13 @@ def prepare_questions(recipe: TrainingRecipe) -> Prepared:
         config,
         recipe.seed,
     )
-    drops = collections.Counter(reason for _, reason in sifted.dropped)
+    drawn = {question.question_id for question in split if question.split != TRAIN} - named
+    left = drop_leaks(split, drawn | named) if drawn else Sifted(split, [])
+    drops = collections.Counter(reason for _, reason in (*sifted.dropped, *left.dropped))
     if drops:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
         say(f"questions: left out {sum(drops.values())} of {len(asked) + len(tests or ())}: {reasons}")
-    return Prepared(split, drops)
+    return Prepared(left.kept, drops)
 
 
 def assign_splits(

@@ -57,6 +57,17 @@ def test_training_question_that_repeats_one_of_the_test_file_is_dropped(tmp_path
     assert {q.question_id: q.split for q in prepared.questions} == {"b": TRAIN, "t": NEW_DOCUMENTS, "s": NEW_QUESTIONS}
 
 
+def test_drawn_split_lets_no_training_question_give_a_test_question_away(tmp_path, capsys):
+    once = [about(f"q{i}", f"What is number {i}?", str(i), f"d{i}") for i in range(20)]
+    again = [about(f"r{i}", f"Number {i} is what?", str(i), f"d{(i + 7) % 20}") for i in range(20)]
+    write_questions(tmp_path / "q.jsonl", [*once, *again])
+    prepared = prepare_questions(recipe(tmp_path / "q.jsonl", test_documents_fraction=0.5))
+    asked = {split: {q.answers for q in prepared.questions if q.split == split} for split in (TRAIN, NEW_DOCUMENTS)}
+    assert asked[TRAIN] and asked[NEW_DOCUMENTS] and not asked[TRAIN] & asked[NEW_DOCUMENTS]
+    assert prepared.drops[LEAK] == 40 - len(prepared.questions) > 0
+    assert f"{prepared.drops[LEAK]} repeats a test question" in capsys.readouterr().out
+
+
 def test_document_trained_on_and_held_out_is_refused(tmp_path):
     questions = [about("a", "One?", "1", "d1", TRAIN), about("b", "Two?", "2", "d1", NEW_DOCUMENTS)]
     write_questions(tmp_path / "q.jsonl", questions)
