@@ -102,9 +102,10 @@ def keep_questions_about_seen_facts(questions: Sequence[Question], asked: Sequen
     """Leaves out new questions about facts that no closed-book row teaches, where there are others.
 
     A closed-book model cannot answer what it was never told: asking it would measure the size of the training set.
+    Questions without an answer stay: any model can abstain from them.
     """
     seen = {fact_of(question) for question in asked}
     about_seen = {q.question_id for q in questions if q.split == NEW_QUESTIONS and fact_of(q) in seen}
     if not about_seen:
         return list(questions)
-    return [q for q in questions if q.split != NEW_QUESTIONS or q.question_id in about_seen]
+    return [q for q in questions if q.split != NEW_QUESTIONS or q.unanswerable or q.question_id in about_seen]

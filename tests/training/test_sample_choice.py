@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from retrieval.records import Golden, Question
 from training.config import SamplesConfig
 from training.records import RaftSample
-from training.sample_choice import choose_questions, fact_of
+from training.sample_choice import choose_questions, fact_of, keep_questions_about_seen_facts
 
 ABSTAINING = RaftSample("s", "q", "dsf", "?", (), (), False, "", (), "", "", "train")
 
@@ -64,6 +64,14 @@ def test_choose_questions_closed_book_rows_validate_facts_that_are_told_in_other
     assert {fact_of(question) for question in chosen.validation_dsf} <= told
     nothing_told = choose_questions([ask(number) for number in range(40)], config, 1, closed_book)
     assert len(nothing_told.validation_dsf) == 6
+
+
+def test_new_questions_about_untold_facts_are_left_out_but_not_those_without_an_answer():
+    asked = [ask(number, split="test_new_questions") for number in range(4)] + [ask(9, split="test_new_documents")]
+    silent = Question("u", "Who?", split="test_new_questions", metadata={"kind": "unanswerable"})
+    kept = keep_questions_about_seen_facts([*asked, silent], [ask(2)])
+    assert [question.question_id for question in kept] == ["q2", "q9", "u"]
+    assert keep_questions_about_seen_facts([*asked, silent], [ask(7)]) == [*asked, silent]
 
 
 def test_choose_questions_that_can_give_no_row_are_counted_by_reason():
