@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import UserError
+from cluster.manifest import fingerprint
 from cluster.progress import say
 from cluster.stage import Outcome, Plan, digest_path, run_stage
 from retrieval.documents import join_path, open_filesystem
+from retrieval.question_files import FORMATS
+from retrieval.questions import is_beir
 from retrieval.records import Question
 from training.config import TrainingRecipe
 from training.data_card import count_kinds, make_card
@@ -78,13 +81,25 @@ def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
         "questions": recipe.questions.model_dump(exclude={"path", "test_path"}),
         "prompt_format": FORMAT_VERSION,
     }
+    if mined_by := _search_settings(recipe):
+        config["search"] = mined_by
     return Plan("samples", recipe.name, config, inputs, {"index": index.ref}, SAMPLES_FORMAT, recipe.seed)
+
+
+def _search_settings(recipe: TrainingRecipe) -> dict[str, Any]:
+    """Settings of the search that mines distractors, where they are not the default; those that the index's own
+    version does not tell."""
+    settings = recipe.search.model_dump(exclude={"mode", "gpu"}, exclude_defaults=True)
+    return {"mode": "hybrid", **settings} if recipe.search.mode == "hybrid" else settings
 
 
 def _questions_digest(path: str, key: str) -> str:
     if not path:
-        raise UserError(f"{key} is empty: set it to a questions.jsonl (--set {key}=…)")
-    return digest_path(path, key=key)
+        raise UserError(f"{key} is empty: set it to your questions: {FORMATS} (--set {key}=…)")
+    file = Path(path).expanduser()
+    if file.is_file() and is_beir(file):  # judgements lie beside the file and are read with it
+        return fingerprint([digest_path(str(part), key=key) for part in (file, file.parent / "qrels")])
+    return digest_path(str(file) if path.startswith("~") else path, key=key)
 
 
 def build_samples(recipe: TrainingRecipe, store: Store, index: Artifact) -> Artifact:

@@ -241,14 +241,27 @@ def test_samples_plan_version_follows_content(built, tmp_path):
     assert _version(built, samples={"distractors": 3}) != before
     assert _version(built, prompt={"quotes": False}) != before
     assert _version(built, questions={"test_path": str(edited)}) != before
+    assert _version(built, search={"rerank": "a/reranker"}) != before
+    fused = {_version(built, search={"mode": "hybrid", "dense_weight": weight}) for weight in (0.6, 0.5)}
+    assert len(fused | {before}) == 3
     other_index = dataclasses.replace(
         built.index, manifest=built.index.manifest.model_copy(update={"version": "0" * 16})
     )
     assert samples_plan(built.recipe, other_index).ref.version != before
 
 
+def test_samples_plan_version_follows_judgements_beside_beir_queries(built, tmp_path):
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "Where?"}\n')
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q\tghana\t1\n")
+    before = _version(built, questions={"path": str(tmp_path / "queries.jsonl")})
+    (tmp_path / "qrels" / "test.tsv").write_text("q\thungary\t1\n")
+    assert _version(built, questions={"path": str(tmp_path / "queries.jsonl")}) != before
+
+
 def test_samples_plan_version_ignores_what_does_not_matter(built):
     before = _version(built)
+    assert _version(built, search={"mode": built.recipe.search.mode, "rrf_constant": 60}) == before
     assert _version(built, ray={"num_cpus": 1}) == before
     assert _version(built, samples={"workers": 7}) == before
     assert _version(built, train={"learning_rate": 0.5, "workers": 2}) == before
