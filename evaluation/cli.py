@@ -63,7 +63,9 @@ def batch_command(load: Load) -> Callable[..., None]:
 
     def batch(
         recipe: RecipeArgument,
-        questions: Annotated[Path, typer.Option(help="questions.jsonl: `_id` and `text`; `answers` may be left out.")],
+        questions: Annotated[
+            Path, typer.Option(help=".jsonl, .csv, .parquet or SQuAD .json; answers may be left out.")
+        ],
         strategy: Annotated[str, typer.Option(help="Strategy that answers.")] = "auto",
         output: Annotated[
             Path | None, typer.Option(help="Also write the answers here: .parquet, or JSON lines for .jsonl.")
@@ -103,7 +105,7 @@ def answer_file(
     from evaluation.windows import write_predictions
     from retrieval.questions import read_questions
 
-    asked = read_questions(questions, "--questions")
+    asked = read_questions(questions, "--questions", recipe.questions.columns)
     run = default_run(recipe, store, parts)
     artifact = answer_all(recipe, store, parts, [strategy], asked, run, name_suffix="-batch")[strategy]
     predictions = load_predictions(artifact)

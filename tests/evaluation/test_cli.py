@@ -17,6 +17,7 @@ from cluster.errors import UserError
 from cluster.releases import promote, publish_release
 from evaluation.cli import register
 from evaluation.records import Prediction
+from retrieval.config import QuestionColumns
 from retrieval.questions import write_questions
 from tests.evaluation.fakes import make_parts, make_questions, make_recipe, make_run
 
@@ -53,6 +54,7 @@ def command(store, monkeypatch):
         return result
 
     run.digests = digests
+    run.recipe = recipe
     run.version = ref.version
     return run
 
@@ -92,6 +94,18 @@ def test_batch_measures_quality_where_answers_are_known(command, tmp_path):
     write_questions(tmp_path / "asked.jsonl", make_questions(10))
     result = command("batch", "invented", "--questions", str(tmp_path / "asked.jsonl"), "--strategy", "raft")
     assert "EM 80% [" in result.output.replace("\n", " ")
+
+
+def test_batch_reads_the_columns_that_the_recipe_names(command, tmp_path, monkeypatch):
+    columns = QuestionColumns(id="key", text="asked")
+    command.recipe.__dict__["questions"] = command.recipe.questions.model_copy(update={"columns": columns})
+    (tmp_path / "asked.csv").write_text("key,asked\na,Where is Land3?\n")
+    output = tmp_path / "answers.jsonl"
+    arguments = ("--questions", str(tmp_path / "asked.csv"), "--strategy", "raft", "--output", str(output))
+    result = command("batch", "invented", *arguments)
+    assert result.exit_code == 0, result.output
+    [row] = map(json.loads, output.read_text().splitlines())
+    assert Prediction.from_row(row).question.question_id == "a"
 
 
 @pytest.mark.parametrize(
