@@ -148,17 +148,21 @@ class DistractorPool:
 
     def _under(self, heading: str, wanted: int, rng: random.Random) -> Iterator[Passage]:
         """Passages under a heading, in an order drawn from the seed."""
-        chunks = self._by_heading.get(heading, []) if heading else []
-        for place in rng.sample(range(len(chunks)), min(len(chunks), TRIES * wanted)):
-            yield Passage.of(chunks[place])
+        places = self._by_heading.get(heading, []) if heading else []
+        for drawn in rng.sample(range(len(places)), min(len(places), TRIES * wanted)):
+            document, number = places[drawn]
+            yield Passage.of(self.chunks_of[self.trainable[document]][number])
 
     @cached_property
-    def _by_heading(self) -> Mapping[str, list[Chunk]]:
-        chunks: dict[str, list[Chunk]] = defaultdict(list)
-        for doc_id in self.trainable:
-            for chunk in self.chunks_of[doc_id]:
-                chunks[chunk.heading].append(chunk)
-        return chunks
+    def _by_heading(self) -> Mapping[str, list[tuple[int, int]]]:
+        """Heading to its chunks, as (number of the document in `trainable`, number of the chunk in it): the texts of
+        the whole corpus would not fit."""
+        places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for document, doc_id in enumerate(self.trainable):
+            for number, chunk in enumerate(self.chunks_of[doc_id]):
+                if chunk.heading:
+                    places[chunk.heading].append((document, number))
+        return places
 
     @cached_property
     def tells(self) -> AnswerTells:
