@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retrieval.records import Hit, Question
+from training.format import MARKED_QUOTE
 from training.records import RaftSample
 
 TOKEN_EDGES = (0, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -86,7 +87,7 @@ class Tally:
 
         golden = row.golden.index(True) if row.golden_present else None
         self.add("golden", "present" if row.golden_present else "absent")
-        self.add("quoted", "yes" if row.quotes else "no")
+        self.add("quoted", "yes" if row.quotes or MARKED_QUOTE.search(row.reasoning) else "no")
         self.add("distractors", str(len(row.passages) - (golden is not None)))
         if golden is not None:
             self.add("position", str(golden + 1))
