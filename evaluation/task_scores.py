@@ -27,9 +27,9 @@ def unanswerable(prediction: Prediction) -> Score:
 
 def label_of(text: str, rubric: Rubric) -> str:
     """The label that an answer begins with; of several, the longest; an empty string for none."""
-    units = text_match.chinese_units if rubric.language == "zh" else text_match.english_words
+    units = text_match.chinese_units if rubric.language == "zh" else text_match.plain_words
     words = units(text)
-    found = [label for label in rubric.labels if words[: len(units(label))] == units(label)]
+    found = [label for label in rubric.labels if (wanted := units(label)) and words[: len(wanted)] == wanted]
     return max(found, key=len, default="")
 
 

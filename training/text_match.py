@@ -43,6 +43,11 @@ def english_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split()
 
 
+def plain_words(text: str) -> list[str]:
+    """Lower case, no ASCII punctuation, split at white space; articles stay, because `A` may be an answer's letter."""
+    return text.lower().translate(_ASCII_PUNCTUATION).split()
+
+
 def chinese_units(text: str) -> list[str]:
     """CMRC's mixed segmentation: each Chinese character, and each other word between white space or characters."""
     folded = unicodedata.normalize("NFKC", text).lower()

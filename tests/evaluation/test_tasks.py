@@ -53,6 +53,13 @@ def test_the_longest_label_wins_and_chinese_labels_are_read_by_character():
     assert label_of("不确定。", Rubric("zh", "labels", ("不", "不确定", "是"))) == "不确定"
 
 
+def test_labels_may_be_letters():
+    letters = Rubric("en", "labels", ("a", "b", "c", "+"))
+    assert [label_of(text, letters) for text in ("B.", "a) the first", "The answer is c", "C", "d")] == [
+        "b", "a", "", "c", "",
+    ]  # fmt: skip
+
+
 def test_labels_are_what_the_questions_accept():
     assert labels_of(
         [labelled("Yes"), labelled("no "), labelled("yes"), dataclasses.replace(QUESTION, answers=())]
