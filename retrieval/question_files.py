@@ -187,6 +187,8 @@ def _of_row(row: Row, columns: QuestionColumns, own_id: str, *, cells: bool) -> 
     question = Question(
         str(question_id), text, _answers(given, columns), golden, split.strip(), _metadata(row, columns, placed)
     )
+    if placed and not question.answers:
+        question.metadata["kind"] = UNANSWERABLE
     return _placed(question, *placed) if placed else Asked(question)
 
 
@@ -300,13 +302,13 @@ def _of_squad(entry: Mapping[str, Any], title: str, context: str) -> Asked:
     accepted = [] if impossible else [answer for answer in answers if answer["text"].strip()]
     metadata = {key: value for key, value in entry.items() if key not in _OWN_KEYS and value is not None}
     texts = tuple(dict.fromkeys(answer["text"] for answer in accepted))
+    if not texts and (impossible or "answers" in entry):  # a test set whose answers are withheld has no such key
+        metadata["kind"] = UNANSWERABLE
     return _placed(Question(str(question_id), text, texts, (), "", metadata), title, context, accepted)
 
 
 def _placed(question: Question, title: str, context: str, answers: list[dict[str, Any]]) -> Asked:
-    """With the places of its answers in the paragraph; a question without answers is one that has none."""
-    if not question.answers:
-        question.metadata["kind"] = UNANSWERABLE
+    """With the places of its answers in the paragraph."""
     spans = dict.fromkeys(_span(context, str(answer["text"]), answer.get("answer_start")) for answer in answers)
     return Asked(question, title, context, tuple(span for span in spans if span))
 

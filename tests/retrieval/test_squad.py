@@ -65,6 +65,12 @@ def test_impossible_question_is_unanswerable_and_knows_its_document(path: Path) 
     assert impossible.documents == (OWN,)
 
 
+def test_question_whose_answers_are_withheld_is_not_unanswerable(tmp_path: Path) -> None:
+    hidden, none = {"id": "hidden", "question": "Where?"}, asked("none")
+    (tmp_path / "test.json").write_bytes(squad(paragraph(FIRST, hidden, none)))
+    assert [question.unanswerable for question in read_questions(tmp_path / "test.json")] == [False, True]
+
+
 def test_file_as_corpus_has_the_documents_that_its_questions_name(path: Path) -> None:
     corpus = CorpusConfig(path=str(path))
     documents = list(read_documents(corpus))
