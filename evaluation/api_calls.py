@@ -78,7 +78,21 @@ def find_call(text: str) -> ApiCall | None:
 
 def _inside_parentheses(text: str, start: int) -> str | None:
     """What stands before the parenthesis that closes the one before `start`; None where none does."""
-    wanted, quote, place = [")"], "", start
+    wanted = [")"]
+    for place, char in _outside_quotes(text, start):
+        if char in _CLOSING:
+            wanted.append(_CLOSING[char])
+        elif char in ")]}":
+            if char != wanted.pop():
+                return None
+            if not wanted:
+                return text[start:place]
+    return None
+
+
+def _outside_quotes(text: str, start: int = 0) -> Iterator[tuple[int, str]]:
+    """The places and characters from `start` on that stand in no quotes."""
+    quote, place = "", start
     while place < len(text):
         char = text[place]
         if quote:
@@ -88,15 +102,9 @@ def _inside_parentheses(text: str, start: int) -> str | None:
                 quote = ""
         elif char in "'\"":
             quote = char
-        elif char in _CLOSING:
-            wanted.append(_CLOSING[char])
-        elif char in ")]}":
-            if char != wanted.pop():
-                return None
-            if not wanted:
-                return text[start:place]
+        else:
+            yield place, char
         place += 1
-    return None
 
 
 def _read_arguments(inside: str) -> ApiCall | None:
@@ -106,7 +114,7 @@ def _read_arguments(inside: str) -> ApiCall | None:
         # One at a time: a card may state a positional argument after a keyword one, which is no Python as a whole.
         try:
             call = ast.parse(f"f({argument})", mode="eval").body
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply
             continue
         assert isinstance(call, ast.Call), argument
         positional += [_text(value) for value in call.args]
@@ -120,24 +128,15 @@ def _read_arguments(inside: str) -> ApiCall | None:
 
 def _split_arguments(inside: str) -> Iterator[str]:
     """The arguments between commas that stand in no bracket and no quotes."""
-    depth, quote, start, place = 0, "", 0, 0
-    while place < len(inside):
-        char = inside[place]
-        if quote:
-            if char == "\\":
-                place += 1
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char in "([{":
+    depth, start = 0, 0
+    for place, char in _outside_quotes(inside):
+        if char in _CLOSING:
             depth += 1
         elif char in ")]}":
             depth -= 1
         elif char == "," and depth == 0:
             yield inside[start:place].strip()
             start = place + 1
-        place += 1
     if inside[start:].strip():
         yield inside[start:].strip()
 

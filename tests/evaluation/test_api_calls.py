@@ -33,6 +33,7 @@ ALEXNET = ApiCall("pytorch/vision", "alexnet")
         ("torch.hub.load('a/b', not python, model='m')", ApiCall("a/b", "m")),
         ("torch.hub.load(repo_or_dir='pytorch/vision', model='alexnet'", None),  # cut short
         ("torch.hub.list('pytorch/vision')", None),
+        (f"torch.hub.load('a/b', {'-' * 20_000}1, model='m')", ApiCall("a/b", "m")),
         ("alexnet", None),
         ("", None),
     ],
