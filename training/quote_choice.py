@@ -27,8 +27,8 @@ _LINE_END = re.compile(r"\n+")
 _SENTENCE_END = re.compile(r"\n+|(?<=[.!?])\s+(?=[\"'“(]?[A-Z])|(?<=[。！？])")
 _CLAUSE_END = re.compile(r"[,;](?:\s+|$)|[，；、]|\s[-–—]\s")
 LONGEST_QUOTE = 320
-"""Characters: 0.98 of the sentences that answer xquad-en's questions are shorter; a JSON record in one line, or a
-table, is not."""
+"""Characters: 0.93 of the sentences chosen for xquad-en's questions (n = 925) are no longer; a JSON record in one line,
+or a table, is."""
 SHORTEST_CUT = 60
 """Characters to which clauses are joined where a longer sentence is cut."""
 LEAST_RELATED = 0.16
