@@ -148,9 +148,7 @@ def build_index(recipe: RetrievalRecipe, store: Store, *, make_encoder: MakeEnco
         build_into, recipe, store, base=base, source=planned_encoder(recipe, store, plan), make_encoder=make_encoder
     )
     guarded = with_planned_ledger(store, plan, build)
-    artifact = run_stage(store, plan, guarded, expected=expected, because=why_build(store, plan))
-    finish_work(store, plan.ref)
-    return artifact
+    return run_stage(store, plan, guarded, expected=expected, because=why_build(store, plan))
 
 
 def why_build(store: Store, plan: Plan) -> list[str]:
@@ -251,12 +249,6 @@ def work_parts(store: Store, ref: ArtifactRef, base: BaseVersion | None) -> Part
     root = store.work_uri(ref)
     kept = base if base is not None and base.merge != "reuse" else None
     return Parts(f"{root}/{kept.merge}-{kept.ref.rpartition('/')[2]}" if kept else f"{root}/full")
-
-
-def finish_work(store: Store, ref: ArtifactRef) -> None:
-    """Remove what is left of the work of a published version in an object store (a local store did so itself)."""
-    if not store.is_local:
-        store.storage.delete(f"{ref}/.work")
 
 
 def build_into(

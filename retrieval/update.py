@@ -33,7 +33,6 @@ from retrieval.index import (
     build_index,
     build_into,
     check_chunks_fit,
-    finish_work,
     index_plan,
     plan_from,
     planned_encoder,
@@ -208,7 +207,6 @@ def _update_by_delta(
         raise
     except _NothingToDoError:
         store.discard_work(plan.ref)
-        finish_work(store, plan.ref)
         say(f"index: up to date ({base.ref}): its documents are as asked for")
         return store.open("index", recipe.name, _version(base))
 
@@ -324,7 +322,6 @@ def _publish(
         expected=_version(base),
         because=because or why_build(store, plan),
     )
-    finish_work(store, plan.ref)
     if plans:
         say(f"index: {UpdateReport(**artifact.manifest.measured['update']).describe()}")
     return artifact
