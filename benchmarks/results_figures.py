@@ -7,7 +7,6 @@ run without a report gives None everywhere. Not covered: how it is written (benc
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -251,7 +250,7 @@ def _predictions(store: Store, cell: Cell, strategy: str) -> dict[str, Any] | No
     return {p.question.question_id: p for p in load_predictions(artifact) if p.question.split == split}
 
 
-def grid(cells: Sequence[Cell], rows: str, columns: str, strategy: str = "raft") -> dict[tuple[float, float], Cell]:
+def grid(cells: Sequence[Cell], rows: str, columns: str) -> dict[tuple[float, float], Cell]:
     """The cells of a grid by the values of two recipe keys."""
     found = {}
     for cell in cells:
@@ -270,8 +269,3 @@ def matrix(cells: Mapping[tuple[float, float], Cell], strategy: str = "raft") ->
         if estimate is not None:
             values[rows.index(row), columns.index(column)] = estimate["value"]
     return rows, columns, values
-
-
-def describe_axes(run: Run) -> str:
-    """`golden_fraction 0.6, distractors 2`."""
-    return ", ".join(f"{key.rpartition('.')[2]} {json.dumps(value)}" for key, value in run.axes)

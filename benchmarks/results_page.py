@@ -33,14 +33,9 @@ from benchmarks.results_variants import DISTRACTORS, GOLDEN_FRACTION, IMAGE, NOT
 from cluster.progress import describe_seconds
 from cluster.store import Store
 from evaluation.metrics import METRICS
-from evaluation.table import describe_commonest
+from evaluation.table import SPLIT_TITLES, describe_commonest
 from evaluation.tasks import SHOWN
 
-SPLIT_WORDS = {
-    "test_new_documents": "documents never seen in training",
-    "test_new_questions": "new questions about documents seen in training",
-    "test_new_kinds": "kinds of question never seen in training",
-}
 _HEAD = """# Results
 
 Made by `python -m benchmarks.results` from finished runs: edit `benchmarks/results.yaml`, not this page. Brackets are
@@ -114,7 +109,7 @@ def _heading(column: str, cells: Sequence[Cell]) -> str:
     assert cell.report is not None
     seeds = ", ".join(str(each.seed) for each in measured)
     n = "+".join(str(each.report["questions"][each.report["headline_split"]]) for each in measured if each.report)
-    split = SPLIT_WORDS[cell.report["headline_split"]]
+    split = SPLIT_TITLES[cell.report["headline_split"]]
     most = describe_commonest(cell.report, cell.report["headline_split"]).strip().lower()
     lines = [f"{column}: {METRICS[cell.main].label}", split, f"n={n}, seed{'s' * (len(measured) > 1)} {seeds}", most]
     return "<br>".join(line for line in lines if line)
@@ -203,7 +198,7 @@ def _details(columns: Mapping[str, Sequence[Cell]]) -> str:
                     for name, metrics in strategies.items()
                 ]
                 n = cell.report["questions"][split]
-                title = f"### {column}, seed {cell.seed}: {SPLIT_WORDS[split]} (n={n})"
+                title = f"### {column}, seed {cell.seed}: {SPLIT_TITLES[split]} (n={n})"
                 parts.append(f"{title}\n\n{table(headers, rows)}\n")
     note = (
         '"answer quoted": answerable questions whose answer carries a verified quote that holds an accepted answer. '

@@ -1,7 +1,7 @@
 """Which questions an evaluation asks.
 
 In: all questions of a split. Out: a seeded selection spread evenly over kinds of question (`metadata.kind`), the same
-for any order of the input. Not covered: splitting (training/samples.py).
+for any order of the input. Not covered: splitting (training/splits.py).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from cluster.progress import say, track
 from cluster.session import ray_session
 from retrieval.parts import Parts
 from retrieval.records import Question
+from retrieval.sources import one_line
 from training.config import SamplesConfig, TrainingRecipe
 from training.data_card import Coverage, Tally
 from training.format import PromptFormat
@@ -203,7 +204,8 @@ class SampleWriter:
         except UserError as error:  # Ray would wrap it in a traceback: it travels as data
             fault = str(error)
         except (OSError, pa.ArrowException) as error:
-            fault = f"store.uri: cannot write samples to {self.job.uri}: {_one_line(error)}"
+            reason = getattr(error, "strerror", None) or one_line(error)
+            fault = f"store.uri: cannot write samples to {self.job.uri}: {reason}"
         return _progress_row(len(block), tally, touched, self.tokenizer[1] if tally.counts and not fault else "", fault)
 
     def _work(self, block: pa.Table, tally: Tally) -> dict[str, dict[str, list[int]]]:
@@ -294,7 +296,3 @@ def _progress_row(questions: int, tally: Tally, touched: Mapping[str, Any], no_t
         "fault": fault,
     }
     return pa.Table.from_pylist([row])
-
-
-def _one_line(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
