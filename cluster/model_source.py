@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cluster import locks
 from cluster.cache import cache_directory
 from cluster.errors import UserError
 from cluster.manifest import fingerprint
@@ -87,17 +88,18 @@ def _fetch_objects(model: str, key: str) -> Path:
     if copy.is_dir():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
-    fetched = Path(tempfile.mkdtemp(dir=copy.parent, prefix=".fetching-"))
-    try:
-        for file in files:
-            if any(Path(file.path).match(pattern) for pattern in CONTENT):
-                storage.download(file.path, fetched / file.path)
-        fetched.rename(copy)
-    except OSError:
-        if not copy.is_dir():  # not merely another process that fetched the same meanwhile
-            raise
-    finally:
-        shutil.rmtree(fetched, ignore_errors=True)
+    # The workers of a node ask for it at once: one fetches, the others wait.
+    with locks.hold(copy.with_name(f".{copy.name}.lock")):
+        if copy.is_dir():
+            return copy
+        fetched = Path(tempfile.mkdtemp(dir=copy.parent, prefix=".fetching-"))
+        try:
+            for file in files:
+                if any(Path(file.path).match(pattern) for pattern in CONTENT):
+                    storage.download(file.path, fetched / file.path)
+            fetched.rename(copy)
+        finally:
+            shutil.rmtree(fetched, ignore_errors=True)
     return copy
 
 

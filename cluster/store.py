@@ -464,15 +464,31 @@ class Artifact:
 
     def _local_copy(self, storage: ObjectStorage) -> Path:
         copy = self.cached_copy()
-        copies = copy.parent
-        if copy.is_dir():
-            try:
-                verify(copy, self.manifest, str(copy), self.store.uri)
-                return copy
-            except ArtifactError:  # a damaged cache is no reason to fail: fetch again
+        if self._is_sound(copy):
+            return copy
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        damaged = copy.is_dir()
+        # The workers of a node ask for it at once: one fetches, the others wait.
+        with locks.hold(copy.with_name(f".{copy.name}.lock")):
+            if damaged and not self._is_sound(copy):
                 shutil.rmtree(copy, ignore_errors=True)
-        copies.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copies, prefix=".fetching-") as temporary:
+            if not copy.is_dir():
+                self._fetch(storage, copy)
+        verify(copy, self.manifest, self.uri, self.store.uri)
+        return copy
+
+    def _is_sound(self, copy: Path) -> bool:
+        """Whether a cached copy is there and whole; a damaged or vanished one is no reason to fail."""
+        if not copy.is_dir():
+            return False
+        try:
+            verify(copy, self.manifest, str(copy), self.store.uri)
+        except (ArtifactError, FileNotFoundError):
+            return False
+        return True
+
+    def _fetch(self, storage: ObjectStorage, copy: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".fetching-") as temporary:
             fetched = Path(temporary) / "files"
             for entry in self.manifest.files:
                 try:
@@ -480,7 +496,4 @@ class Artifact:
                 except FileNotFoundError:
                     raise ArtifactError(f"{self.uri}: {entry.path} is missing; remove it and build it again") from None
             verify(fetched, self.manifest, self.uri, self.store.uri)
-            with contextlib.suppress(OSError):  # another process fetched the same meanwhile
-                fetched.rename(copy)
-        verify(copy, self.manifest, self.uri, self.store.uri)
-        return copy
+            fetched.rename(copy)

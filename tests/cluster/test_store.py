@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,7 @@ from cluster import manifest as manifest_module
 from cluster import verification
 from cluster.errors import ArtifactError, UserError
 from cluster.manifest import ArtifactRef
-from cluster.storage import LocalStorage
+from cluster.storage import LocalStorage, ObjectStorage
 from cluster.store import Store
 from tests.cluster.stores import FILES, build, content_of, expected_content, object_store, plan, write_files
 
@@ -197,6 +200,28 @@ def test_a_remote_artifact_is_verified_and_a_damaged_local_copy_fetched_again(tm
     remote.unlink()
     with pytest.raises(ArtifactError, match=r"data\.bin is missing"):
         store.open("index", "x").directory()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_readers_of_one_node_fetch_a_remote_artifact_once(tmp_path, monkeypatch, damaged):
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    store = object_store(tmp_path / "objects")
+    artifact = build(store, 3)
+    if damaged:
+        (artifact.directory() / "data.bin").write_bytes(b"rotten")
+    fetched, download = [], ObjectStorage.download
+
+    def slow(self, key: str, path: Path) -> None:
+        fetched.append(key)
+        time.sleep(0.05)
+        download(self, key, path)
+
+    monkeypatch.setattr(ObjectStorage, "download", slow)
+    readers = [store.open("index", "x") for _ in range(4)]
+    with ThreadPoolExecutor(len(readers)) as pool:
+        assert list(pool.map(content_of, readers)) == [expected_content(3)] * len(readers)
+    assert len(fetched) == len(artifact.manifest.files)
+    assert [path.name for path in artifact.cached_copy().parent.iterdir()] == [artifact.cached_copy().name]
 
 
 @pytest.mark.parametrize("uri", ["http://somewhere", "", "hdfs://x"])
