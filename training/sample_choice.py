@@ -8,7 +8,7 @@ seed give the same choice. Not covered: splits (training/splits.py), the rows (t
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from retrieval.records import Golden, Question
@@ -54,7 +54,7 @@ def choose_questions(
     """
     able, teaches, drops = _sort_out([q for q in questions if q.split == TRAIN], closed_book)
     candidates = spread(able, len(able), seed)
-    spare = max(0, len(candidates) - max(config.raft_rows, config.dsf_rows))
+    spare = max(0, len(candidates) - _needed(candidates, teaches, config))
     wanted = min(config.validation_rows, max(spare, len(candidates) // VALIDATION_SHARE))
     kept_back = max(spare, wanted) if wanted else 0
     cut = len(candidates) - kept_back
@@ -70,6 +70,13 @@ def choose_questions(
         drops=drops,
         candidates=len(candidates),
     )
+
+
+def _needed(candidates: Sequence[Question], teaches: Collection[str], config: SamplesConfig) -> int:
+    """How many of the first candidates give all rows: unanswerable ones give no closed-book row."""
+    taught = [number for number, question in enumerate(candidates, start=1) if question.question_id in teaches]
+    for_dsf = taught[config.dsf_rows - 1] if len(taught) >= config.dsf_rows else len(candidates)
+    return max(config.raft_rows, for_dsf)
 
 
 def _sort_out(
