@@ -137,9 +137,10 @@ def test_two_workers_under_every_stage_are_one_plain_loop_and_any_goes_on_from_a
 
 
 @pytest.mark.slow
-def test_bfloat16_keeps_its_master_weights_in_float32_under_every_stage(tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, MICRO])
+def test_bfloat16_keeps_its_master_weights_in_float32_under_every_stage(tmp_path, micro_batches):
     losses, _, _ = plain_loop(torch.bfloat16)
-    answers = in_ranks(every_kind, 2, tmp_path / "group", torch.bfloat16, 1)
+    answers = in_ranks(every_kind, 2, tmp_path / "group", torch.bfloat16, micro_batches)
     for kind, answer in zip(KINDS, answers, strict=True):
         assert answer["losses"] == pytest.approx(losses, abs=0.02), kind
         assert answer["went_on"] == pytest.approx(answer["losses"][CUT:], abs=2e-3), kind

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -20,7 +19,6 @@ from training.final_checks import final_checks
 from training.format import PromptFormat
 from training.lora import adapter_plan, train_adapter, train_adapters
 from training.lora_engine import with_lora
-from training.ray_train import blame
 from training.replacement import Comparison
 from training.row_losses import Difference, measure_rows
 from training.samples import load_samples, load_validation
@@ -310,24 +308,6 @@ def test_train_adapter_prompt_edited_after_the_samples_is_refused(built, tmp_pat
     told = refused(built, prompt={"path": str(tmp_path / "prompt.yaml")})
     assert told.startswith("prompt.path: ")
     assert "run `rayft samples build RECIPE`" in told
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        WorkerGroupError("Worker 1 failed", {1: UserError("train.learning_rate: lower it")}),
-        ControllerError(UserError("train.learning_rate: lower it")),
-    ],
-)
-def test_blame_finds_the_user_error_that_a_worker_raised(error):
-    blamed = blame(error)
-    assert isinstance(blamed, UserError)
-    assert str(blamed) == "train.learning_rate: lower it"
-
-
-def test_blame_leaves_other_errors_alone():
-    error = WorkerGroupError("Worker 0 failed", {0: RuntimeError("out of memory")})
-    assert blame(error) is error
 
 
 @pytest.mark.slow
