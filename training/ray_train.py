@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -140,19 +140,28 @@ def _judge(board: ActorHandle, label: str, restarts: int) -> UserCallback:
         lost = 0
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in worker_exceptions.values():
-                found = root_cause(error)
-                if isinstance(found, NEVER_HEALS):
-                    raise found
+            causes = [root_cause(error) for error in worker_exceptions.values()]
+            for cause in causes:
+                if isinstance(cause, NEVER_HEALS):
+                    raise cause
             self.lost += 1
             if self.lost <= restarts:
                 which = ", ".join(map(str, sorted(worker_exceptions)))
                 board.say.remote(
                     f"{label}: worker {which} was lost; new ones go on from the last checkpoint "
-                    f"(restart {self.lost} of {restarts})"
+                    f"(restart {self.lost} of {restarts}){_why(causes)}"
                 )
 
     return Judge()
+
+
+def _why(causes: Sequence[BaseException]) -> str:
+    """What ended the workers where none was killed: what the others raise when one is killed explains nothing."""
+    from ray.exceptions import RayActorError
+
+    if any(isinstance(cause, RayActorError) for cause in causes):
+        return ""
+    return f": {type(causes[0]).__name__}: {(str(causes[0]).strip().splitlines() or [''])[0][:200]}"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def test_blame_finds_the_user_error_that_a_worker_raised(error):
 def test_blame_leaves_other_errors_alone():
     error = WorkerGroupError("Worker 0 failed", {0: RuntimeError("out of memory")})
     assert blame(error) is error
+
+
+def test_judge_tells_why_workers_ended_unless_one_was_killed():
+    said: list[str] = []
+    board = types.SimpleNamespace(say=types.SimpleNamespace(remote=said.append))
+    judge = training.ray_train._judge(board, "train x", 2)
+    judge.after_exception(None, {1: OSError(5, "no answer"), 0: RuntimeError("peer is gone\nat line 3")})
+    judge.after_exception(None, {0: RuntimeError("peer is gone"), 1: ActorDiedError()})
+    judge.after_exception(None, {0: OSError("no answer")})
+    lost = "train x: worker 0, 1 was lost; new ones go on from the last checkpoint"
+    assert said == [f"{lost} (restart 1 of 2): OSError: [Errno 5] no answer", f"{lost} (restart 2 of 2)"]
+    with pytest.raises(UserError, match="lower it"):
+        judge.after_exception(None, {0: UserError("train.learning_rate: lower it")})
 
 
 @pytest.mark.parametrize(("restarts", "times"), [(0, "once"), (3, "4 times")])
