@@ -69,9 +69,12 @@ def test_choose_questions_closed_book_rows_validate_facts_that_are_told_in_other
 def test_new_questions_about_untold_facts_are_left_out_but_not_those_without_an_answer():
     asked = [ask(number, split="test_new_questions") for number in range(4)] + [ask(9, split="test_new_documents")]
     silent = Question("u", "Who?", split="test_new_questions", metadata={"kind": "unanswerable"})
-    kept = keep_questions_about_seen_facts([*asked, silent], [ask(2)])
-    assert [question.question_id for question in kept] == ["q2", "q9", "u"]
-    assert keep_questions_about_seen_facts([*asked, silent], [ask(7)]) == [*asked, silent]
+    told = [ask(20 + fact, fact) for fact in (1, 2)]  # half of the four are rewordings
+    kept = keep_questions_about_seen_facts([*told, *asked, silent], [told[1]])
+    assert [question.question_id for question in kept] == ["q21", "q22", "q2", "q9", "u"]
+    assert keep_questions_about_seen_facts([*told, *asked, silent], [ask(7)]) == [*told, *asked, silent]
+    few = [told[1], *asked, silent]
+    assert keep_questions_about_seen_facts(few, [told[1]]) == few
 
 
 def test_choose_questions_that_can_give_no_row_are_counted_by_reason():
