@@ -169,8 +169,9 @@ def root_cause(error: BaseException) -> BaseException:
     seen: BaseException | None = error
     last = error
     while seen is not None:
-        # Ray's own wrapper is a `UserError` as well, but its text is the traceback.
-        last = getattr(seen, "cause", None) or seen
+        # Ray's own wrapper is a `UserError` as well, but its text is the traceback; a killed worker is found at its
+        # next health check.
+        last = getattr(seen, "cause", None) or getattr(seen, "health_check_failure", None) or seen
         if isinstance(last, UserError):
             return last
         seen = last.__cause__
@@ -190,11 +191,15 @@ def blame(error: Exception, restarts: int = 0) -> Exception:
     lost = [rank for rank, failure in failures.items() if isinstance(root_cause(failure), RayActorError)]
     if lost:
         times = "once" if restarts == 0 else f"{restarts + 1} times"
-        return UserError(
-            f"train.restarts: workers were lost {times}, at last worker {lost[0]} (killed, or out of memory: lower "
-            "train.micro_batch_tokens then); run the same command again to go on from the last checkpoint"
-        )
-    return error
+        what = f"workers were lost {times}, at last worker {lost[0]}"
+    elif controller is not None and isinstance(root_cause(controller), RayActorError):
+        what = "a worker was lost while it was started or ended"
+    else:
+        return error
+    return UserError(
+        f"train.restarts: {what} (killed, or out of memory: lower train.micro_batch_tokens then); run the same command "
+        "again to go on from the last checkpoint"
+    )
 
 
 class Board:

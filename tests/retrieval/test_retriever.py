@@ -128,7 +128,7 @@ def test_hit_that_the_attributes_wrongly_allow_is_refused(built, monkeypatch):
     recipe, artifact = built
     retriever = Retriever.open(artifact, recipe.encoder)
     monkeypatch.setattr(
-        "retrieval.attributes.Attributes.rows", lambda self, wanted: __import__("numpy").arange(self.count)
+        "retrieval.attributes.Attributes.rows", lambda self, wanted, **_: __import__("numpy").arange(self.count)
     )
     with pytest.raises(ArtifactError, match="attributes"):
         retriever.search(["x"], 3, filter=parse_filter({"title": "Ghana"}))

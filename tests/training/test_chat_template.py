@@ -29,7 +29,7 @@ def pretrained(tmp_path, base_path):
 def test_plain_template_shows_turns_leads_to_the_answer_and_ends_it(pretrained):
     tokenizer = load_tokenizer(base_model_directory(ModelConfig(base=str(pretrained), chat_template="plain")))
     shown = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
-    assert shown == f"Answer.\n\n2+2?\n=>\n4{tokenizer.eos_token}\n\n3+3?\n=>\n"
+    assert shown == f"Answer.\n\n2+2?\n4{tokenizer.eos_token}\n\n3+3?\n"
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_with_template_moved_model_is_linked_anew(tmp_path, pretrained):
 
 
 def test_read_template_plain_is_a_packaged_file():
-    assert "add_generation_prompt" in read_template("plain")
+    assert "message.content" in read_template("plain")

@@ -98,7 +98,7 @@ def test_merge_brings_the_chat_template_that_the_recipe_chose(store, tmp_path, b
     shown = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(
         [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
     )
-    assert shown == "hello\n=>\n"
+    assert shown == "hello\n"
 
 
 def test_merge_large_model_is_cut_into_shards_that_load(store, tmp_path, base_path, adapter_path, monkeypatch):

@@ -15,6 +15,7 @@ from training.adapter_checkpoint import FOLDER, PROGRESS, STATE
 from training.batching import plan_steps
 from training.lora_engine import learning_rate_at
 from training.token_rows import TokenRows
+from training.validation import Validator
 from training.worker import train
 
 
@@ -163,11 +164,20 @@ def test_train_full_disk_is_one_line_and_the_run_goes_on_from_the_checkpoint_bef
     assert len(list((tmp_path / "work" / FOLDER).glob(f"*/{PROGRESS}"))) == 2
 
 
-def test_train_stops_early_and_leaves_the_state_with_the_lowest_validation_loss(built, tmp_path):
-    # A rate that is far too high: the first state is the best, and each that follows is worse.
-    settings = {"learning_rate": 0.5, "validations_per_epoch": 6, "warmup_fraction": 0.0}
+def test_train_stops_early_and_leaves_the_state_with_the_lowest_validation_loss(built, tmp_path, monkeypatch):
+    measure, told = Validator.measure, iter([0.9, 0.5, 0.7, 0.6])
+
+    def measure_as_told(*it):
+        measured, loss = measure(*it), next(told)
+        rows = dataclasses.replace(measured.rows, sums=tuple(loss * tokens for tokens in measured.rows.tokens))
+        return dataclasses.replace(measured, rows=rows)
+
+    settings = {"validations_per_epoch": 6}
     config = job_of(built, tmp_path / "stopped", patience=2, **settings)
-    report = train(config, 0, 1, Told())
+    with monkeypatch.context() as patch:
+        patch.setattr(Validator, "measure", measure_as_told)
+        report = train(config, 0, 1, Told())
+    assert report.best_step == 2
     assert report.stopped_early
     losses = {row["step"]: row["validation_loss"] for row in report.history if "validation_loss" in row}
     assert report.best_step == min(losses, key=lambda step: losses[step])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import sys
@@ -76,9 +77,17 @@ def job_of(built: Built, folder: Path, objective: Objective = "raft", patience: 
 
 @contextmanager
 def process_group(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """A gloo group. That of this process alone is made once and left: DeepSpeed remembers the first it meets."""
     import torch
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    if world_size == 1:
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            atexit.register(torch.distributed.destroy_process_group)
+        yield
+        return
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
     try:
         yield
