@@ -37,9 +37,10 @@ BASE = {"gradient_checkpointing": False, "bf16": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "TRL's defaults": {},
     "no checkpointing": {**BASE},
+    "no checkpointing, grouped by length": {**BASE, "train_sampling_strategy": "group_by_length"},
     "no autocast": {**BASE, "bf16": False},
     "no autocast, grouped by length": {**BASE, "bf16": False, "train_sampling_strategy": "group_by_length"},
-    "no autocast, padding-free": {**BASE, "bf16": False, "padding_free": True},
+    "no autocast, padding-free": {**BASE, "bf16": False, "padding_free": True, "max_length": None},
     "no autocast, packed": {**BASE, "bf16": False, "packing": True},
 }
 ADAPTER_IN_BFLOAT16 = "adapter in bfloat16 by hand"
@@ -103,9 +104,17 @@ def best_settings(python: str, recipe: TrainingRecipe, rows: Sequence[Any]) -> t
     tried = {}
     few = sorted(rows, key=lambda row: row.sample_id)[:TRIAL_ROWS]
     for name, settings in SETTINGS.items():
-        run = train_trl(python, job_for(recipe, few, settings))
+        try:
+            run = train_trl(python, job_for(recipe, few, settings))
+        except UserError as error:
+            if str(error) == HOW_TO_INSTALL:
+                raise
+            print(f"TRL, {name}: refused: {error}", flush=True)
+            continue
         tried[name] = run.tokens / run.loop_s
         print(f"TRL, {name}: {tried[name]:.0f} tokens/s on {len(few)} rows", flush=True)
+    if not tried:
+        raise UserError("TRL ran with none of its settings; see above")
     best = max(tried, key=lambda name: tried[name])
     return best, SETTINGS[best]
 

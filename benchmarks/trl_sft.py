@@ -68,7 +68,7 @@ def run_trl(job: Job, out: Path) -> None:
             warmup_steps=round(job.warmup_fraction * steps),
             weight_decay=0.0,
             max_grad_norm=job.gradient_clip,
-            max_length=longest,
+            max_length=settings.pop("max_length", longest),
             completion_only_loss=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,
