@@ -155,10 +155,14 @@ def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome
     return Outcome({**splits, **rows, "examples": len(examples)}, {"card": card})
 
 
+def _describe(drops: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
+
+
 def _report_drops(card: Mapping[str, Any], asked: int, candidates: int, dropped: Mapping[str, int]) -> None:
     """Says why questions gave no RAFT row; refuses samples without any."""
     drops = {**dropped, **card["drops"].get(RAFT, {})}
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "no training question"
+    told = _describe(drops) or _describe(card["drops"].get("questions", {})) or "no training question"
     if not card["rows"].get(RAFT):
         raise UserError(f"samples: none of {candidates} training questions gave a row: {told}")
     if drops:

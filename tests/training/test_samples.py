@@ -323,11 +323,15 @@ def test_build_samples_bad_input_is_one_line_and_publishes_nothing(built, tmp_pa
     assert "prompt.path" in _refused(built, prompt={"path": str(tmp_path / "none.yaml")})
     (tmp_path / "bad.yaml").write_text("question: '{query}'")
     assert "prompt.path" in _refused(built, prompt={"path": str(tmp_path / "bad.yaml")})
-    elsewhere = [Question(f"e{i}", "Where?", ("there",), _whole(f"Nowhere{i}")) for i in range(5)]
+    elsewhere = [Question(f"e{i}", f"Where is {i}?", ("there",), _whole(f"Nowhere{i}")) for i in range(5)]
     write_questions(tmp_path / "elsewhere.jsonl", elsewhere)
     told = _refused(built, questions={"path": str(tmp_path / "elsewhere.jsonl")})
     assert "none of" in told
     assert "golden passage not in the index" in told
+    repeated = [dataclasses.replace(question, text="Where?") for question in elsewhere]
+    write_questions(tmp_path / "repeated.jsonl", repeated)
+    told = _refused(built, questions={"path": str(tmp_path / "repeated.jsonl")})
+    assert "none of 0 training questions gave a row: 4 repeats a test question" in told
     no_places = [dataclasses.replace(q, text=f"Where is {q.question_id}?", golden=(), split="train") for q in elsewhere]
     no_places[0] = dataclasses.replace(no_places[0], split="test_new_questions")
     write_questions(tmp_path / "no_places.jsonl", no_places)
