@@ -1,4 +1,3 @@
-import time
 import unicodedata
 
 from hypothesis import given
@@ -6,6 +5,7 @@ from hypothesis import strategies as st
 
 from retrieval.contexts import find_contexts
 from retrieval.records import Document, Golden
+from tests.work import lines_run
 
 TEXT = "The harbour of Oslo is deep and wide."
 
@@ -75,11 +75,11 @@ def test_any_word_of_a_paragraph_is_the_same_word_of_the_document(own, data):
 
 
 def test_work_grows_linearly_with_paragraphs_and_documents():
-    def seconds(count):
+    def work(count):
         texts = [f"The place number {n} lies by the river and has {n * 7} houses with gardens." for n in range(count)]
-        began = time.process_time()
-        assert all(len(found) == 1 for found in find_contexts(texts, documents(*(f"Of {text} End." for text in texts))))
-        return time.process_time() - began
+        held, found = documents(*(f"Of {text} End." for text in texts)), []
+        lines = lines_run(lambda: found.extend(find_contexts(texts, held)))
+        assert [len(places) for places in found] == [1] * count
+        return lines
 
-    small = min(seconds(300) for _ in range(3))
-    assert seconds(2400) < small * 8 * 3
+    assert work(800) < work(100) * 8 * 1.2

@@ -1,9 +1,8 @@
-import time
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval.records import Golden, Question
+from tests.work import lines_run
 from training.duplicates import AMBIGUOUS, ANSWERED, DUPLICATE, LEAK, content_words, drop_repeats, sift
 
 STOP = frozenset({"what", "is", "the", "of", "in", "which", "was", "when", "year", "s", "a"})
@@ -100,17 +99,17 @@ def test_prefix_index_finds_what_comparing_all_pairs_finds(items, threshold):
 
 
 def test_work_grows_linearly_even_for_one_document():
-    def seconds(count):
+    def work(count):
         questions = [
             question(f"Is machine number{n} of series{n % 97} heavier than part{n * 7919} there?", "Yes", number=n)
             for n in range(count)
         ]
-        began = time.process_time()
-        assert len(sift(questions, STOP, 0.75).kept) == count
-        return time.process_time() - began
+        kept = []
+        lines = lines_run(lambda: kept.extend(sift(questions, STOP, 0.75).kept))
+        assert len(kept) == count
+        return lines
 
-    small = min(seconds(1000) for _ in range(3))
-    assert seconds(8000) < small * 8 * 3
+    assert work(2400) < work(300) * 8 * 1.2
 
 
 def named(name, text, *answers, doc_ids=("greece",), kind=""):
