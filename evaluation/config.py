@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from cluster.config import Section
-from serving.config import ServingRecipe, StrategyName
+from serving.config import ServingRecipe
+from serving.router_config import StrategyName
 
 Task = Literal["answers", "labels", "api_calls"]
 

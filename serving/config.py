@@ -1,29 +1,51 @@
-"""Recipe sections of the serving room: generation, router, deployments. Imports no torch, ray or faiss."""
+"""Recipe sections of the serving room: generation, deployments, feedback, telemetry (the router's is in
+serving/router_config.py). Imports no torch, ray or faiss."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cluster.config import Section
+from serving.router_config import RoutedStrategy, RouterConfig
 from training.config import TrainingRecipe
 
-StrategyName = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid", "auto"]
-RoutedStrategy = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid"]
+
+class VllmConfig(Section):
+    """Settings of `generation.engine: vllm`, under vLLM's own names."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one model."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt and completion together; none takes the model's own."""
+    quantization: str = ""
+    """Weight quantisation (`fp8`, `awq`, …); empty: as the weights are."""
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters that one batch may mix."""
+    max_lora_rank: int = Field(default=64, ge=1)
+    """Largest rank of an adapter."""
+    enforce_eager: bool = False
+    """Without compiled graphs: starts at once, generates more slowly."""
 
 
 class GenerationConfig(Section):
     """How answers are generated, online and offline alike."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     """Inference engine."""
+    vllm: VllmConfig = VllmConfig()
     passages: int = Field(default=3, ge=1)
     """k: passages shown to strategies that retrieve."""
     examples: int = Field(default=2, ge=0)
     """Worked examples in the prompt of `rag_fewshot`."""
     max_new_tokens: int = Field(default=96, ge=1)
     """Most tokens of a completion."""
+    context_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of a prompt; none takes the model's window without `max_new_tokens`. The lowest-ranked passages that
+    do not fit are left out whole, and the answer says how many."""
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
     batch_rows: int = Field(default=16, ge=1)
@@ -32,111 +54,107 @@ class GenerationConfig(Section):
     """Torch threads of an engine on CPU."""
 
 
-class PolicyRule(Section):
-    """One routing rule; it applies when every condition that it states holds."""
+class DeploymentConfig(Section):
+    """Replicas of one deployment and what each claims of Ray."""
 
-    strategy: RoutedStrategy
-    """Strategy to take."""
-    reason: str
-    """Shown in the response."""
-    intent: str = ""
-    """Intent that must have been recognised."""
-    keywords: tuple[str, ...] = ()
-    """Any of these words in the question (folded to lower case)."""
-    metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Request metadata that must be equal (`update_frequency: daily`)."""
-    metadata_above: dict[str, float] = Field(default_factory=dict)
-    """Request metadata that must be greater (`reasoning_depth: 3`, `context_length: 2000`)."""
-
-
-# What a question that matches several is taken for: the one with most matches, then
-# the first, so that "what is the difference" is analysis although it starts like a fact lookup.
-DEFAULT_INTENTS: dict[str, tuple[str, ...]] = {
-    "analysis": (
-        *("compare", "comparison", "difference", "differences", "differ", "versus", "vs", "trend", "trends"),
-        *("analyse", "analyze", "analysis", "pros and cons", "trade-off", "trade-offs"),
-        *("比较", "对比", "区别", "差异", "分析", "趋势", "优缺点"),
-    ),
-    "reasoning": (
-        *("why", "explain", "how does", "how do", "how can", "reason", "prove", "derive", "what if", "infer"),
-        *("为什么", "为何", "解释", "推理", "推导", "证明", "原因", "怎么会", "如何"),
-    ),
-    "fact_lookup": (
-        *("what is", "what are", "what was", "who", "whose", "when", "where", "which", "how many", "how much"),
-        *("how long", "how old", "how large", "how high", "name the", "list"),
-        *("是什么", "什么是", "多少", "几", "谁", "哪", "何时", "什么时候", "在哪里", "列出"),
-    ),
-}
-
-# The source note's selector: metadata first, then the kind of task.
-DEFAULT_RULES: tuple[PolicyRule, ...] = (
-    PolicyRule(
-        strategy="rag",
-        metadata={"update_frequency": "daily"},
-        reason="knowledge that changes daily is read from the index",
-    ),
-    PolicyRule(
-        strategy="finetuned",
-        metadata_above={"reasoning_depth": 3},
-        reason="deep reasoning is left to the fine-tuned model",
-    ),
-    PolicyRule(
-        strategy="raft",
-        metadata_above={"context_length": 2000},
-        reason="long context needs a model trained to ignore distractors",
-    ),
-    PolicyRule(strategy="rag", intent="fact_lookup", reason="a fact is looked up in the documents"),
-    PolicyRule(strategy="finetuned", intent="reasoning", reason="reasoning is left to the fine-tuned model"),
-    PolicyRule(strategy="hybrid", intent="analysis", reason="an analysis takes the cited and the closed-book answer"),
-)
-
-
-class RouterConfig(Section):
-    """Rules of `auto`, first match wins; nothing matching takes `default`."""
-
-    intents: dict[str, tuple[str, ...]] = DEFAULT_INTENTS
-    """Intent name to keywords that reveal it: whole words, or any place in scripts without spaces."""
-    rules: tuple[PolicyRule, ...] = DEFAULT_RULES
-    """Policy rules in order."""
-    default: RoutedStrategy = "hybrid"
-    """Strategy for an unknown intent."""
+    min_replicas: int = Field(default=1, ge=1)
+    """Fewest replicas."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Most replicas; more than `min_replicas` scales with the load."""
+    target_ongoing_requests: float = Field(default=16, gt=0)
+    """Requests under way per replica that scaling aims at."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    """Seconds that the load must last before replicas are added."""
+    downscale_delay_s: float = Field(default=300, ge=0)
+    """Seconds without that load before replicas are removed."""
+    cpus: float = Field(default=0.1, gt=0)
+    """CPUs that each replica claims; how many an engine computes on is `generation.threads`."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs that each replica claims."""
+    accelerator: str = ""
+    """Ray's accelerator type (`H100`), where the cluster has several."""
 
     @model_validator(mode="after")
-    def _intents_are_known(self) -> Self:
-        stated = self.rules if self.rules != DEFAULT_RULES else ()
-        for rule in stated:
-            if rule.intent and rule.intent not in self.intents:
-                raise ValueError(
-                    f"rules name the intent {rule.intent!r}; intents has {', '.join(self.intents) or 'none'}"
-                )
+    def _most_is_not_fewer(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, fewer than min_replicas ({self.min_replicas})")
         return self
 
 
+class TenantConfig(Section):
+    """What the holders of a tenant's keys may see and use."""
+
+    groups: tuple[str, ...] = ()
+    """Groups that open collections with `access` to them."""
+    filter: dict[str, Any] = Field(default_factory=dict)
+    """Only documents that match are searched, whatever a request asks for (the syntax of `index search --filter`)."""
+    strategies: tuple[RoutedStrategy, ...] = ()
+    """Strategies that they may use; none allows all."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Quota of each key; beyond it 429 with Retry-After."""
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    """Prompt and completion tokens of each key per day (UTC)."""
+
+
 class ServeConfig(Section):
-    """The deployments."""
+    """The graph: its address, its deployments, who may ask."""
 
     host: str = "127.0.0.1"
     """Address to bind; anything but loopback is announced."""
     port: int = Field(default=8000, ge=1, le=65535)
     """HTTP port."""
+    ingress: DeploymentConfig = DeploymentConfig()
+    """API and router."""
+    retriever: DeploymentConfig = DeploymentConfig(cpus=0.25)
+    """Each replica holds the whole index."""
+    generator: DeploymentConfig = DeploymentConfig(cpus=0.5)
+    """Each replica holds the model with all adapters."""
     max_queued_requests: int = Field(default=64, ge=1)
-    """Requests under way at once; one more is answered 429 with Retry-After."""
-    generator_replicas: int = Field(default=1, ge=1)
-    """Generator replicas."""
-    retriever_replicas: int = Field(default=1, ge=1)
-    """Retriever replicas."""
-    cpus_per_generator: float = Field(default=0.5, gt=0)
-    """CPUs that each generator replica claims of Ray; how many it computes on is `generation.threads`."""
-    cpus_per_retriever: float = Field(default=0.25, gt=0)
-    """CPUs that each retriever replica claims of Ray."""
-    gpus_per_generator: float = Field(default=0, ge=0)
-    """GPUs of each generator replica."""
-    gpus_per_retriever: float = Field(default=0, ge=0)
-    """GPUs of each retriever replica."""
+    """Requests under way at once in an ingress replica; one more is answered 429 with Retry-After."""
     request_timeout_s: float = Field(default=120, gt=0)
     """Deadline of one request, in seconds; then 504."""
     max_body_bytes: int = Field(default=1_000_000, ge=1000)
     """Longest request body; a longer one is answered 413."""
+    drain_s: float = Field(default=30, ge=0)
+    """Seconds that requests under way are given to end when the graph is taken down."""
+    follow_releases_s: float = Field(default=5, ge=0)
+    """Seconds between looks at which release is promoted, to take it up; 0 stays with the one that it started with."""
+    follow_up: Literal["rules", "model", "off"] = "rules"
+    """How the standalone question of a later turn is made from the history: by rules, by the generator, or not."""
+    citation_shapes: tuple[Literal["azure", "perplexity"], ...] = ()
+    """Shapes in which citations are given beside OpenAI's and our own."""
+    keys: str = ""
+    """File of hashed API keys (`rayft keys new`); the environment variable RAYFT_API_KEYS adds more. Without any key
+    everybody who reaches the port may ask."""
+    tenants: dict[str, TenantConfig] = Field(default_factory=dict)
+    """Tenants by name; a key belongs to one."""
+    log_content: bool = False
+    """Write questions and answers into the log, for debugging."""
+
+
+class FeedbackConfig(Section):
+    """Ratings and corrections."""
+
+    url: str = "sqlite:///.rayft/feedback.db"
+    """SQLAlchemy URL of the database (`postgresql+psycopg://…`); a password comes from the environment variable
+    RAYFT_FEEDBACK_PASSWORD. Empty: no feedback is taken."""
+    rating_window_s: float = Field(default=3600, gt=0)
+    """Seconds that an answer waits in memory for its rating; unrated, it is then forgotten."""
+    keep_unrated: bool = False
+    """Store answers that nobody rated, too."""
+    retention_days: int | None = Field(default=None, ge=1)
+    """Days after which stored feedback is deleted; none keeps it."""
+
+
+class TelemetryConfig(Section):
+    """What operators see."""
+
+    metrics: bool = True
+    """Prometheus metrics on Ray Serve's own metrics endpoint."""
+    traces: str = ""
+    """OTLP endpoint (`http://collector:4318`) for OpenTelemetry spans; empty: none. Needs the extra `traces`."""
+    trace_content: bool = False
+    """Questions and answers as attributes of spans."""
 
 
 class ServingRecipe(TrainingRecipe):
@@ -145,3 +163,5 @@ class ServingRecipe(TrainingRecipe):
     generation: GenerationConfig = GenerationConfig()
     router: RouterConfig = RouterConfig()
     serve: ServeConfig = ServeConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()

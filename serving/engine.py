@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from training.format import Message
@@ -95,6 +96,18 @@ class Engine(Protocol):
 
     def stream(self, request: GenerationRequest) -> CompletionStream:
         """Queues a request and hands its text out as it is generated."""
+        ...
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Loads an adapter beside the others while requests go on; returns when requests may ask for it.
+
+        Raises:
+            ArtifactError: The directory holds no adapter, or it does not fit the base model.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees an adapter once the requests that use it have ended; without effect when it is not loaded."""
         ...
 
     def close(self) -> None:

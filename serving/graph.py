@@ -24,10 +24,11 @@ from cluster.releases import Release
 from cluster.store import ArtifactRef, Store
 from retrieval.records import Hit
 from serving.api import Limits, make_api
-from serving.config import GenerationConfig, RouterConfig, ServeConfig, ServingRecipe
+from serving.config import GenerationConfig, ServeConfig, ServingRecipe
 from serving.conversation import Conversation, ServedRelease
 from serving.engine import Completion, Engine, GenerationRequest
 from serving.router import Router
+from serving.router_config import RouterConfig
 from serving.strategies import available_strategies
 from training.config import ModelConfig
 from training.format import FORMAT_VERSION, PromptFormat
@@ -202,9 +203,9 @@ def assemble(served: ServedRelease, router: RouterConfig, config: ServeConfig, l
         Generator,
         name="generator",
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
-        num_replicas=config.generator_replicas,
+        num_replicas=config.generator.min_replicas,
         max_ongoing_requests=behind,
-        ray_actor_options={"num_cpus": config.cpus_per_generator, "num_gpus": config.gpus_per_generator},
+        ray_actor_options={"num_cpus": config.generator.cpus, "num_gpus": config.generator.gpus},
     ).bind(loaders.engine)
     retriever = None
     if loaders.retriever is not None:
@@ -212,9 +213,9 @@ def assemble(served: ServedRelease, router: RouterConfig, config: ServeConfig, l
             RetrieverReplica,
             name="retriever",
             max_constructor_retry_count=CONSTRUCTOR_TRIES,
-            num_replicas=config.retriever_replicas,
+            num_replicas=config.retriever.min_replicas,
             max_ongoing_requests=behind,
-            ray_actor_options={"num_cpus": config.cpus_per_retriever, "num_gpus": config.gpus_per_retriever},
+            ray_actor_options={"num_cpus": config.retriever.cpus, "num_gpus": config.retriever.gpus},
         ).bind(loaders.retriever)
     limits = Limits(in_flight, config.request_timeout_s, config.max_body_bytes)
     # Ingress must see the requests that it refuses, hence far more at once than it admits.

@@ -17,6 +17,10 @@ class Route(Record):
     intent: str = ""
     confidence: float = 1.0
     reason: str = ""
+    propensity: float = 1.0
+    """Probability with which this strategy was taken: below 1 where it was drawn (A/B test, learned weights)."""
+    experiment: str = ""
+    """The A/B test that drew it."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,51 @@ class Answer(Record):
     usage: Usage = field(default_factory=Usage)
     timings_ms: Timings = field(default_factory=Timings)
     release: str = ""
+    standalone: str = ""
+    """The question that was searched and answered where it is not the caller's own: a later turn's, made standalone."""
+    passages_left_out: int = 0
+    """Passages found that did not fit the model's context."""
+
+
+@dataclass(frozen=True)
+class Interaction(Record):
+    """One answered question, as feedback keeps it. `at` is seconds since 1970 (UTC)."""
+
+    request_id: str
+    at: float
+    question: str
+    answer: str
+    strategy: str
+    intent: str = ""
+    confidence: float = 1.0
+    propensity: float = 1.0
+    experiment: str = ""
+    release: str = ""
+    tenant: str = ""
+    user: str = ""
+    abstained: bool = False
+    quotes: tuple[str, ...] = ()
+    doc_ids: tuple[str, ...] = ()
+    """Documents that the verified quotes stand in."""
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rating(Record):
+    """What a user thinks of an answer: `satisfied` is 1 or 0 (a thumb), or between (stars); a correction is the
+    answer that should have been given."""
+
+    request_id: str
+    satisfied: float
+    correction: str = ""
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class Tally(Record):
+    """Ratings of a strategy on an intent, for the router: sums of `satisfied` and of 1 - `satisfied`."""
+
+    intent: str
+    strategy: str
+    satisfied: float = 0.0
+    unsatisfied: float = 0.0

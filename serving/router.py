@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from serving.config import PolicyRule, RouterConfig
 from serving.records import Route
+from serving.router_config import PolicyRule, RouterConfig
 from serving.strategies import AUTO, HYBRID, STRATEGIES, require_strategy
 from training.format import fold
 

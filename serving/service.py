@@ -105,17 +105,17 @@ def _check_resources(config: ServeConfig) -> None:
 
     needed = {
         "CPU": INGRESS_CPUS
-        + config.generator_replicas * config.cpus_per_generator
-        + config.retriever_replicas * config.cpus_per_retriever,
-        "GPU": config.generator_replicas * config.gpus_per_generator
-        + config.retriever_replicas * config.gpus_per_retriever,
+        + config.generator.min_replicas * config.generator.cpus
+        + config.retriever.min_replicas * config.retriever.cpus,
+        "GPU": config.generator.min_replicas * config.generator.gpus
+        + config.retriever.min_replicas * config.retriever.gpus,
     }
     has = ray.cluster_resources()
     for kind, amount in needed.items():
         if amount > has.get(kind, 0):
             raise UserError(
                 f"serve: the deployments claim {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower "
-                f"serve.*_replicas or serve.{kind.lower()}s_per_generator / _retriever"
+                f"serve.generator.{kind.lower()}s, serve.retriever.{kind.lower()}s or their min_replicas"
             )
 
 

@@ -8,10 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serving.api import Limits, make_api
-from serving.config import RouterConfig
 from serving.conversation import Conversation
 from serving.graph import Generator
 from serving.router import Router
+from serving.router_config import RouterConfig
 from tests.serving.fakes import FakeEngine, FakeRetriever, base_request, served_release, wait_until
 from training.format import WorkedExample
 

@@ -8,8 +8,9 @@ from ray import serve
 from cluster.errors import ArtifactError
 from cluster.stage import Outcome, Plan, run_stage
 from serving import graph
-from serving.config import RouterConfig, ServeConfig, ServingRecipe
+from serving.config import DeploymentConfig, ServeConfig, ServingRecipe
 from serving.graph import Generator, Loaders, RetrieverReplica, assemble
+from serving.router_config import RouterConfig
 from tests.serving.fakes import FakeEngine, FakeRetriever, base_request, served_release
 
 
@@ -105,7 +106,9 @@ def test_graph_generates_and_streams_through_ingress(handle):
 
 
 def test_assembled_graph_admits_at_ingress_and_claims_what_the_recipe_says():
-    config = ServeConfig(max_queued_requests=10, cpus_per_generator=0.75, gpus_per_generator=0.5, generator_replicas=3)
+    config = ServeConfig(
+        max_queued_requests=10, generator=DeploymentConfig(cpus=0.75, gpus=0.5, min_replicas=3, max_replicas=3)
+    )
     app = assemble(served_release(), RouterConfig(), config, Loaders(FakeEngine, FakeRetriever))
     ingress = app._bound_deployment
     generator, retriever = (bound._bound_deployment for bound in ingress.init_args[-2:])

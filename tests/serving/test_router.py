@@ -2,8 +2,8 @@ import pydantic
 import pytest
 
 from cluster.errors import UserError
-from serving.config import PolicyRule, RouterConfig
 from serving.router import Router
+from serving.router_config import PolicyRule, RouterConfig
 
 
 def route(question, metadata=None, requested="auto", available=None, **config):

@@ -15,7 +15,8 @@ from cluster.config import RayConfig
 from cluster.errors import ArtifactError, UserError
 from cluster.session import ray_session
 from serving.client import ask_over_http
-from serving.config import RouterConfig, ServeConfig
+from serving.config import DeploymentConfig, ServeConfig
+from serving.router_config import RouterConfig
 from serving.service import base_url, check_port, running_app
 from tests.serving.fakes import FakeRetriever, served_release, wait_until
 from tests.serving.tiny import WINDOW
@@ -90,7 +91,10 @@ def test_service_answers_streams_and_leaves_nothing_behind(tiny_models, port):
                 pass
             assert ask_over_http(url, "still there?", "rayft-base").usage["completion_tokens"] > 0
         assert not listening(port)
-        unfit, without_gpu = application(config, cannot_load), config.model_copy(update={"gpus_per_generator": 1})
+        unfit, without_gpu = (
+            application(config, cannot_load),
+            config.model_copy(update={"generator": DeploymentConfig(gpus=1)}),
+        )
         with pytest.raises(UserError, match="the release was made with another base"), running_app(unfit, config):
             pass
         with pytest.raises(UserError, match="claim 1 GPUs, Ray has 0"), running_app(unfit, without_gpu):

@@ -1,0 +1,215 @@
+"""What the parts of the serving graph hand each other: pins, callers, searches, and the doors between deployments.
+
+A request is answered by one release from its first hop to its last: `Pins` travel with it. The functions that reach
+the retriever, the generator and the feedback store are protocols, so that everything above them runs without Ray.
+Imports no torch, ray or faiss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from retrieval.filters import Filter
+from retrieval.records import Hit
+from serving.engine import Completion, GenerationRequest
+from serving.records import Interaction, Rating, Tally
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Pins:
+    """The release that answers a request, down to its artifacts (`kind/name/version`)."""
+
+    release: str
+    index: str = ""
+    """Empty: nothing is retrieved."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Adapter's role (`raft`, `finetuned`) to its artifact, which is also its name in the engine."""
+    base_digest: str = ""
+    """Digest of the base model; empty takes the recipe's unchecked."""
+    router: str = ""
+    """The intent classifier; empty: intents by keywords."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as the server knows it from the API key; never from the request's body."""
+
+    tenant: str = ""
+    key_id: str = ""
+    """Names the key without revealing it."""
+    groups: frozenset[str] = frozenset()
+    filter: Filter | None = None
+    """Only matching documents exist for this caller."""
+    strategies: tuple[str, ...] = ()
+    """Strategies that the caller may use; none allows all."""
+
+
+ANYBODY = Caller()
+
+
+@dataclass(frozen=True)
+class SearchQuery:
+    """One search. `filter` and `groups` are the caller's, joined with what the request asks for; `k` 0 only embeds."""
+
+    text: str
+    k: int
+    groups: frozenset[str] = frozenset()
+    filter: Filter | None = None
+    embed: bool = False
+    """Whether the query's embedding is wanted, too."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hits, best first, fewer than k where the caller may see fewer; `embedding` is (dim,) float32, unit length."""
+
+    hits: tuple[Hit, ...]
+    embedding: npt.NDArray[np.float32] | None = None
+
+
+class Search(Protocol):
+    """Reaches the retriever."""
+
+    async def __call__(self, query: SearchQuery, pins: Pins) -> Found:
+        """The passages of the pinned index."""
+        ...
+
+
+class Embed(Protocol):
+    """Reaches the retriever's encoder."""
+
+    async def __call__(self, texts: Sequence[str], pins: Pins) -> npt.NDArray[np.float32]:
+        """Embeddings (n, dim) float32 by the pinned index's encoder."""
+        ...
+
+
+class Generate(Protocol):
+    """Reaches the generator."""
+
+    async def __call__(self, request: GenerationRequest, pins: Pins) -> Completion:
+        """One completion; `request.adapter` is an artifact of `pins.adapters`. Asked again once where the replica died
+        before it answered."""
+        ...
+
+
+class Stream(Protocol):
+    """Reaches the generator."""
+
+    def __call__(self, request: GenerationRequest, pins: Pins) -> AsyncGenerator[str | Completion, None]:
+        """Text pieces, then the completion. Asked again once where the replica died before the first piece; later it
+        raises `StreamBrokenError`."""
+        ...
+
+
+class StreamBrokenError(Exception):
+    """A replica died in the middle of an answer: what was sent is not the whole."""
+
+
+class UnknownRequestError(Exception):
+    """There is no answer of that id to rate: rated already too long ago, never given, or another caller's."""
+
+
+class FeedbackDoor(Protocol):
+    """Reaches the feedback store."""
+
+    def note(self, interaction: Interaction) -> None:
+        """Keeps an answer for its rating; returns at once and never raises."""
+        ...
+
+    async def rate(self, rating: Rating, caller: Caller) -> None:
+        """Stores a rating durably before it returns; a later one of the same answer replaces it.
+
+        Raises:
+            UnknownRequestError: See there.
+        """
+        ...
+
+    def tallies(self) -> Sequence[Tally]:
+        """The newest known counts per intent and strategy; at once, at most some seconds old."""
+        ...
+
+
+class KeyRing(Protocol):
+    """Knows API keys."""
+
+    def caller(self, authorization: str | None) -> Caller:
+        """The caller of an `Authorization` header.
+
+        Raises:
+            ApiError: 401 where keys are required and this is none (serving/openai_api.py).
+        """
+        ...
+
+
+class Quotas(Protocol):
+    """Counts what a key has used."""
+
+    async def admit(self, caller: Caller) -> None:
+        """Counts one request.
+
+        Raises:
+            ApiError: 429 with Retry-After when the quota is used up.
+        """
+        ...
+
+    def spend(self, caller: Caller, tokens: int) -> None:
+        """Counts tokens after an answer; at once."""
+        ...
+
+
+class Observer(Protocol):
+    """Metrics and spans; every call returns at once and never raises."""
+
+    def request(self, *, strategy: str, outcome: str, seconds: float) -> None:
+        """A request has ended: outcome `ok`, `abstained`, `cut` or an error's code."""
+        ...
+
+    def first_token(self, *, strategy: str, seconds: float) -> None:
+        """A stream's first piece of text was sent."""
+        ...
+
+    def answer(
+        self,
+        *,
+        strategy: str,
+        retrieval_s: float,
+        queue_s: float,
+        generation_s: float,
+        prompt_tokens: int,
+        completion_tokens: int,
+        verified: int,
+        quotes: int,
+    ) -> None:
+        """What an answer took: seconds per hop, tokens, quotes and how many of them verified."""
+        ...
+
+    def in_flight(self, requests: int) -> None:
+        """Requests under way now."""
+        ...
+
+    def count(self, event: str) -> None:
+        """Something to watch happened: `retried`, `stream_broken`, `refused`, `cancelled`, `release_taken_up`,
+        `release_refused`."""
+        ...
+
+    def span(self, name: str, **attributes: str | int | float | bool) -> SpanContext:
+        """A span around a hop (`route`, `retrieve`, `generate`)."""
+        ...
+
+
+class SpanContext(Protocol):
+    """A span that is open inside a `with` block."""
+
+    def __enter__(self) -> SpanContext:
+        """Opens it."""
+        ...
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        ...

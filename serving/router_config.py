@@ -1,0 +1,119 @@
+"""The recipe's `router` section: intents, policy rules, A/B tests, learned weights. Imports no torch, ray or faiss."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import Section
+
+StrategyName = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid", "auto"]
+RoutedStrategy = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid"]
+
+
+class PolicyRule(Section):
+    """One routing rule; it applies when every condition that it states holds."""
+
+    strategy: RoutedStrategy | None = None
+    """Strategy to take; or `split`."""
+    split: dict[RoutedStrategy, float] = Field(default_factory=dict)
+    """An A/B test instead of one strategy: shares by strategy, the same for a user each time. They add up to 1."""
+    experiment: str = ""
+    """Name of the A/B test, under which `rayft ab` finds it; `split` needs one."""
+    reason: str
+    """Shown in the response."""
+    intent: str = ""
+    """Intent that must have been recognised."""
+    keywords: tuple[str, ...] = ()
+    """Any of these words in the question (folded to lower case)."""
+    metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Request metadata that must be equal (`update_frequency: daily`)."""
+    metadata_above: dict[str, float] = Field(default_factory=dict)
+    """Request metadata that must be greater (`reasoning_depth: 3`, `context_length: 2000`)."""
+
+
+# What a question that matches several is taken for: the one with most matches, then
+# the first, so that "what is the difference" is analysis although it starts like a fact lookup.
+DEFAULT_INTENTS: dict[str, tuple[str, ...]] = {
+    "analysis": (
+        *("compare", "comparison", "difference", "differences", "differ", "versus", "vs", "trend", "trends"),
+        *("analyse", "analyze", "analysis", "pros and cons", "trade-off", "trade-offs"),
+        *("比较", "对比", "区别", "差异", "分析", "趋势", "优缺点"),
+    ),
+    "reasoning": (
+        *("why", "explain", "how does", "how do", "how can", "reason", "prove", "derive", "what if", "infer"),
+        *("为什么", "为何", "解释", "推理", "推导", "证明", "原因", "怎么会", "如何"),
+    ),
+    "fact_lookup": (
+        *("what is", "what are", "what was", "who", "whose", "when", "where", "which", "how many", "how much"),
+        *("how long", "how old", "how large", "how high", "name the", "list"),
+        *("是什么", "什么是", "多少", "几", "谁", "哪", "何时", "什么时候", "在哪里", "列出"),
+    ),
+}
+
+# The source note's selector: metadata first, then the kind of task.
+DEFAULT_RULES: tuple[PolicyRule, ...] = (
+    PolicyRule(
+        strategy="rag",
+        metadata={"update_frequency": "daily"},
+        reason="knowledge that changes daily is read from the index",
+    ),
+    PolicyRule(
+        strategy="finetuned",
+        metadata_above={"reasoning_depth": 3},
+        reason="deep reasoning is left to the fine-tuned model",
+    ),
+    PolicyRule(
+        strategy="raft",
+        metadata_above={"context_length": 2000},
+        reason="long context needs a model trained to ignore distractors",
+    ),
+    PolicyRule(strategy="rag", intent="fact_lookup", reason="a fact is looked up in the documents"),
+    PolicyRule(strategy="finetuned", intent="reasoning", reason="reasoning is left to the fine-tuned model"),
+    PolicyRule(strategy="hybrid", intent="analysis", reason="an analysis takes the cited and the closed-book answer"),
+)
+
+
+class LearningConfig(Section):
+    """How ratings move the choice of strategy where an intent is known and no rule applies."""
+
+    strategies: tuple[RoutedStrategy, ...] = ()
+    """Strategies to choose among, per intent; none learns nothing and takes `default`."""
+    exploration: float = Field(default=0.1, ge=0, le=1)
+    """Share of questions on which a strategy is drawn at random at first; it decays as 1 / (1 + ratings / `decay`)."""
+    decay: float = Field(default=100, gt=0)
+    """Ratings of an intent after which its exploration has halved."""
+    draws: int = Field(default=200, ge=1)
+    """Posterior draws with which the probability of each choice is estimated and logged."""
+
+
+class RouterConfig(Section):
+    """Rules of `auto`, first match wins; nothing matching takes `default`."""
+
+    intents: dict[str, tuple[str, ...]] = DEFAULT_INTENTS
+    """Intent name to keywords that reveal it: whole words, or any place in scripts without spaces."""
+    rules: tuple[PolicyRule, ...] = DEFAULT_RULES
+    """Policy rules in order."""
+    default: RoutedStrategy = "hybrid"
+    """Strategy for an unknown intent."""
+    examples: str = ""
+    """Labelled utterances for `rayft train router`: JSON Lines, CSV or Parquet with the columns `text` and `intent`."""
+    out_of_scope: str = "oos"
+    """Intent of the utterances among the examples that belong to none."""
+    features: Literal["auto", "embedding", "ngrams"] = "auto"
+    """What the classifier reads: the query embedding, or character n-grams (`auto`: where the encoder does not know
+    the language)."""
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    """Calibrated confidence below which an intent counts as unknown; none takes the one that training chose."""
+    learning: LearningConfig = LearningConfig()
+
+    @model_validator(mode="after")
+    def _intents_are_known(self) -> Self:
+        stated = self.rules if self.rules != DEFAULT_RULES else ()
+        for rule in stated:
+            if rule.intent and rule.intent not in self.intents:
+                raise ValueError(
+                    f"rules name the intent {rule.intent!r}; intents has {', '.join(self.intents) or 'none'}"
+                )
+        return self
