@@ -92,6 +92,7 @@ def find_fact(recipe: Recipe, store: Store, edit: Edit) -> tuple[int | None, boo
     from retrieval.retriever import Retriever
 
     release = open_release(store, recipe.name)
+    assert release.index is not None, "the demo released an index"
     retriever = Retriever.open(store.open_ref(release.index), recipe.encoder, recipe.search)
     hits = retriever.search([edit.question.text], 20)[0]
     doc_id = edit.question.golden[0].doc_id

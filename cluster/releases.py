@@ -1,6 +1,6 @@
 """Releases: what was evaluated together is served together.
 
-In: references to an index, samples and adapters, the base model's digest and the prompt-format number. Out: a `release`
+In: references to an index, samples, adapters and a router, the base model's digest and the prompt-format number. Out: a `release`
 artifact whose `release.json` pins them; `promote` makes one current, `rollback` returns to the one before. Opening
 checks that every pinned artifact exists and that what must agree agrees.
 Not covered: the index's encoder against the query encoder (the retriever checks it when it opens the index).
@@ -22,16 +22,17 @@ from cluster.store import Store
 KIND = "release"
 CONTENT = "release.json"
 HISTORY = "history.json"
-FORMAT = 1
+FORMAT = 2
+"""2 may lack an index and may pin a router; releases of format 1 are read as before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """What is served together; empty `adapters` make an index-only release."""
+    """What is served together; empty `adapters` make an index-only release, no index a closed-book one."""
 
     name: str
     version: str
-    index: ArtifactRef
+    index: ArtifactRef | None
     samples: ArtifactRef | None = None
     adapters: dict[str, ArtifactRef] = dataclasses.field(default_factory=dict)
     """Adapter's role (`raft`, `finetuned`) to its artifact."""
@@ -39,6 +40,8 @@ class Release:
     """Digest of the base model; empty when nothing is generated with it yet."""
     prompt_format: int = 0
     """Number of the prompt format."""
+    router: ArtifactRef | None = None
+    """The intent classifier; none recognises intents by the recipe's keywords."""
 
     @property
     def ref(self) -> ArtifactRef:
@@ -47,19 +50,20 @@ class Release:
 
     def pins(self) -> dict[str, ArtifactRef]:
         """Role to pinned artifact."""
-        samples = {} if self.samples is None else {"samples": self.samples}
-        return {"index": self.index, **samples, **self.adapters}
+        parts = {"index": self.index, "samples": self.samples, "router": self.router}
+        return {**{role: ref for role, ref in parts.items() if ref is not None}, **self.adapters}
 
 
 def publish_release(
     store: Store,
     name: str,
     *,
-    index: ArtifactRef,
+    index: ArtifactRef | None,
     samples: ArtifactRef | None = None,
     adapters: Mapping[str, ArtifactRef] | None = None,
     base_digest: str = "",
     prompt_format: int = 0,
+    router: ArtifactRef | None = None,
 ) -> ArtifactRef:
     """Publish a release of these artifacts, or find the one that pins exactly them; it is not promoted yet.
 
@@ -67,9 +71,9 @@ def publish_release(
         ArtifactError: one of them is missing, or they do not belong together (naming both).
     """
     taken = dict(sorted((adapters or {}).items()))
-    clash = {"index", "samples"} & taken.keys()
+    clash = {"index", "samples", "router"} & taken.keys()
     assert not clash, f"an adapter cannot be called {clash}"
-    draft = Release(name, "0" * 16, index, samples, taken, base_digest, prompt_format)
+    draft = Release(name, "0" * 16, index, samples, taken, base_digest, prompt_format, router)
     _check(store, draft, f"release of {name}")
     plan = Plan(
         kind=KIND,
@@ -88,8 +92,9 @@ def publish_release(
 
 def _to_json(release: Release) -> dict[str, Any]:
     return {
-        "index": str(release.index),
+        "index": str(release.index) if release.index else None,
         "samples": str(release.samples) if release.samples else None,
+        "router": str(release.router) if release.router else None,
         "adapters": {role: str(ref) for role, ref in release.adapters.items()},
         "base_digest": release.base_digest,
         "prompt_format": release.prompt_format,
@@ -114,16 +119,26 @@ def open_release(store: Store, name: str, version: str | None = None) -> Release
 def read_release(store: Store, name: str, version: str | None = None) -> Release:
     """What a release pins, without looking at the pinned artifacts."""
     artifact = store.open(KIND, name, version)
+    if artifact.manifest.format > FORMAT:
+        raise ArtifactError(
+            f"{artifact.ref} is a release of format {artifact.manifest.format}, this rayft reads up to {FORMAT}: "
+            "install the rayft that published it, or release again with this one"
+        )
     pins = json.loads(artifact.path(CONTENT).read_text(encoding="utf-8"))
     return Release(
         name=name,
         version=artifact.ref.version,
-        index=ArtifactRef.parse(pins["index"]),
-        samples=ArtifactRef.parse(pins["samples"]) if pins["samples"] else None,
+        index=_optional(pins["index"]),
+        samples=_optional(pins["samples"]),
         adapters={role: ArtifactRef.parse(ref) for role, ref in pins["adapters"].items()},
         base_digest=pins["base_digest"],
         prompt_format=pins["prompt_format"],
+        router=_optional(pins.get("router")),
     )
+
+
+def _optional(ref: str | None) -> ArtifactRef | None:
+    return ArtifactRef.parse(ref) if ref else None
 
 
 def _check(store: Store, release: Release, shown: str) -> None:

@@ -151,6 +151,8 @@ def _open_parts(recipe: EvaluationRecipe, store: Store, version: str) -> tuple[P
     from evaluation.parts import Parts
 
     release = open_release(store, recipe.name, version or None)
+    if release.index is None:
+        raise ArtifactError(f"{release.ref} has no index, which `rayft batch` searches; name another with --release")
     parts = Parts.of(
         recipe,
         store.open_ref(release.index),

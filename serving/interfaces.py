@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from serving.conversation import Conversation
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -107,12 +109,32 @@ class Stream(Protocol):
         ...
 
 
+class PartUnavailableError(Exception):
+    """A part of the graph is gone or full for now: the caller may try again."""
+
+
 class StreamBrokenError(Exception):
     """A replica died in the middle of an answer: what was sent is not the whole."""
 
 
+class Live(Protocol):
+    """Knows the release that answers now (serving/live_releases.py)."""
+
+    def current(self) -> Conversation:
+        """The conversation of the release that is promoted now; a request takes it once and keeps it to its end."""
+        ...
+
+
 class UnknownRequestError(Exception):
     """There is no answer of that id to rate: rated already too long ago, never given, or another caller's."""
+
+
+class FeedbackUnavailableError(Exception):
+    """The feedback store cannot be reached now; answers go on without it. The text holds no user's words."""
+
+
+class FeedbackOffError(FeedbackUnavailableError):
+    """`feedback.url` is empty: none is taken."""
 
 
 class FeedbackDoor(Protocol):
@@ -127,6 +149,8 @@ class FeedbackDoor(Protocol):
 
         Raises:
             UnknownRequestError: See there.
+            FeedbackUnavailableError: It could not be stored.
+            UserError: `satisfied` is not within 0 and 1, or a text is too long.
         """
         ...
 

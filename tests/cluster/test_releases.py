@@ -4,7 +4,17 @@ import pytest
 
 from cluster.errors import ArtifactError
 from cluster.manifest import ArtifactRef
-from cluster.releases import history, open_release, promote, publish_release, read_release, rollback
+from cluster.releases import (
+    CONTENT,
+    FORMAT,
+    KIND,
+    history,
+    open_release,
+    promote,
+    publish_release,
+    read_release,
+    rollback,
+)
 from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import Store
 from tests.cluster.stores import build, object_store, write_files
@@ -44,6 +54,34 @@ def test_a_release_pins_what_it_was_given(store):
     )
     assert again == ref
     assert publish_release(store, "x", index=index, base_digest="base-a", prompt_format=1) != ref
+
+
+def test_a_release_without_an_index_pins_its_adapter_and_a_router(store):
+    adapters, router = {"finetuned": adapter(store, "finetuned")}, build(store, 1, kind="router").ref
+    ref = publish_release(
+        store, "x", index=None, adapters=adapters, router=router, base_digest="base-a", prompt_format=1
+    )
+    release = open_release(store, "x", ref.version)
+    assert (release.index, release.samples, release.router, release.adapters) == (None, None, router, adapters)
+    assert release.pins() == {"router": router, **adapters}
+    assert ref != publish_release(store, "x", index=None, adapters=adapters, base_digest="base-a", prompt_format=1)
+
+
+def test_a_release_of_format_1_is_read_and_one_of_a_later_format_refused(store):
+    index = build(store, 1).ref
+    written = {"index": str(index), "samples": None, "adapters": {}, "base_digest": "", "prompt_format": 0}
+
+    def publish_as(number):
+        plan = Plan(KIND, "x", {"number": number}, parents={"index": index}, format=number)
+        with store.attempt(plan.ref) as attempt:
+            (attempt.directory / CONTENT).write_text(json.dumps(written))
+            attempt.publish(plan)
+        return plan.ref.version
+
+    release = open_release(store, "x", publish_as(1))
+    assert (release.index, release.router) == (index, None)
+    with pytest.raises(ArtifactError, match=rf"release of format {FORMAT + 1}, this rayft reads up to {FORMAT}"):
+        open_release(store, "x", publish_as(FORMAT + 1))
 
 
 def test_a_release_is_served_only_once_promoted(store):
