@@ -20,6 +20,7 @@ from serving.answering import combine, finish, prepare
 from serving.config import GenerationConfig
 from serving.engine import Completion, GenerationRequest
 from serving.records import Answer, Route, Timings
+from serving.router import RouteQuery
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy
 from training.format import PromptFormat, WorkedExample
 
@@ -45,7 +46,7 @@ class Searches(Protocol):
 class ChoosesRoute(Protocol):
     """The part of `serving.router.Router` that a batch run uses."""
 
-    def route(self, question: str, metadata: dict[str, object], requested: str) -> Route:
+    def route(self, query: RouteQuery) -> Route:
         """The strategy for one question."""
         ...
 
@@ -134,7 +135,7 @@ def _ask(strategy: str, question: Question, hits: Sequence[Hit], settings: Answe
     route = Route(strategy, reason="asked for")
     if strategy == AUTO:
         assert settings.router is not None, "`auto` needs a router"
-        route = settings.router.route(question.text, question.metadata, AUTO)
+        route = settings.router.route(RouteQuery(question.text, question.metadata, request_id=question.question_id))
     legs = legs_of(route.strategy)
     requests = tuple(
         prepare(

@@ -22,7 +22,7 @@ from serving.config import GenerationConfig
 from serving.engine import Completion, GenerationRequest
 from serving.reading import AnswerReader
 from serving.records import Answer, Route
-from serving.router import Router
+from serving.router import RouteQuery, Router
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy
 from training.format import PromptFormat, WorkedExample
 
@@ -90,7 +90,7 @@ class Conversation:
             GenerationFailedError: The engine could not serve the request.
         """
         began = time.perf_counter()
-        route = self._router.route(ask.question, ask.metadata, ask.strategy)
+        route = self._router.route(RouteQuery(ask.question, ask.metadata, ask.strategy, request_id=ask.request_id))
         hits, retrieval_ms = await self._retrieve(ask.question, route)
         if route.strategy == HYBRID:
             return await self._hybrid(ask, route, hits, retrieval_ms, began)
@@ -105,7 +105,7 @@ class Conversation:
         counts is known at the end.
         """
         began = time.perf_counter()
-        route = self._router.route(ask.question, ask.metadata, ask.strategy)
+        route = self._router.route(RouteQuery(ask.question, ask.metadata, ask.strategy, request_id=ask.request_id))
         labels = self.release.prompt_format.texts.labels
         hits, retrieval_ms = await self._retrieve(ask.question, route)
         if route.strategy == HYBRID:

@@ -1,88 +1,166 @@
-"""Chooses a strategy for a question, and says why.
+"""Chooses a strategy for a question, and says why. A library inside ingress, so routing costs no hop.
 
-In: the question, the request's metadata, what the caller asked for. Out: a `Route`. In this order: the caller's
-explicit choice; the recipe's rules over metadata and intent; the default. A rule whose strategy the release lacks is
-passed over, and the reason says so. A library inside ingress, so routing costs no hop.
-Not covered: learned weights and feedback. Imports no torch, ray or faiss.
+In: a `RouteQuery` and the ratings so far. Out: a `Route`. In this order: the caller's explicit choice; the recipe's
+rules over intent, keywords and metadata, of which one may be an A/B test; learned weights, where the intent is known;
+the default, where it is not. What the release lacks or the caller may not use is passed over, and the reason says so.
+The same seed, request and ratings give the same route.
+
+Metadata that the server itself fills (`RouteQuery.known`, see `known_facts`), whatever a request says about it:
+`update_frequency`, as declared for the collections that the hits come from, and `context_length`, the tokens of the
+passages found. A request's own values count only where the server does not know. `reasoning_depth` comes from the
+caller alone; unless stated it is unknown, and no rule about it applies.
+Imports no torch, ray or faiss.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from serving.records import Route
-from serving.router_config import PolicyRule, RouterConfig
+from cluster.errors import UserError
+from retrieval.records import Hit
+from serving import bandit
+from serving.experiments import assign
+from serving.intents import Guess, IntentClassifier, KeywordIntents, folded_text, keyword
+from serving.records import Route, Tally
+from serving.router_config import MetadataValue, PolicyRule, RouterConfig
 from serving.strategies import AUTO, HYBRID, STRATEGIES, require_strategy
-from training.format import fold
 
-# What stands in for a default that the release lacks.
-_FALLBACKS = ("raft", "rag_fewshot", "rag", "finetuned", "base")
-_CJK = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# What stands in for a default that cannot be taken.
+_FALLBACKS = ("raft", "rag_fewshot", "rag", "finetuned_rag", "finetuned", "base", HYBRID)
+# From the knowledge that changes most often to that which never does; `unknown` says nothing.
+_FREQUENCIES = ("realtime", "hourly", "daily", "weekly", "monthly", "yearly", "static")
+
+
+@dataclass(frozen=True)
+class RouteQuery:
+    """One question to route."""
+
+    question: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the request says about it."""
+    requested: str = AUTO
+    """A strategy's name, or `auto`."""
+    embedding: npt.NDArray[np.float32] | None = None
+    """(dim,) float32, unit length, by the pinned index's encoder; none where nothing was searched."""
+    user: str = ""
+    """Whom A/B tests treat alike; empty: each request is drawn by itself."""
+    request_id: str = ""
+    allowed: tuple[str, ...] = ()
+    """Strategies that the caller may use; none allows all."""
+    known: Mapping[str, Any] = field(default_factory=dict)
+    """What the server knows about it; see `known_facts`."""
+
+
+def known_facts(
+    hits: Sequence[Hit], update_frequencies: Mapping[str, str], context_tokens: int | None = None
+) -> dict[str, Any]:
+    """The metadata that the server fills.
+
+    Args:
+        hits: The hits that are to be shown, best first.
+        update_frequencies: Each collection's, as its recipe declares it; "" names a recipe's only corpus.
+        context_tokens: Tokens of the passages found, where they were counted.
+    """
+    facts: dict[str, Any] = {}
+    found = {update_frequencies.get(hit.collection, "unknown") for hit in hits}
+    if known := [frequency for frequency in _FREQUENCIES if frequency in found]:
+        facts["update_frequency"] = known[0]  # one passage that may be outdated tomorrow decides
+    if context_tokens is not None:
+        facts["context_length"] = context_tokens
+    return facts
 
 
 class Router:
-    """Routes questions by a recipe's rules."""
+    """Routes questions by a recipe's rules and by what users thought of the answers."""
 
-    def __init__(self, config: RouterConfig, available: Collection[str] = (*STRATEGIES, HYBRID, AUTO)) -> None:
-        """`available` are the strategies that the release can serve; without it, all."""
+    def __init__(
+        self,
+        config: RouterConfig,
+        available: Collection[str] = (*STRATEGIES, HYBRID, AUTO),
+        classifier: IntentClassifier | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`available` are the strategies that the release can serve (without it, all); without a `classifier`,
+        intents are recognised by the recipe's keywords."""
         self._available = tuple(available)
-        self._intents = config.intents
-        self._rules = config.rules
-        self._default = config.default
-        self._patterns = {word: _pattern(word) for words in self._intents.values() for word in words}
-        self._patterns |= {word: _pattern(word) for rule in self._rules for word in rule.keywords}
+        self._config = config
+        self._keywords = KeywordIntents(config.intents)
+        self._classifier = classifier
+        self._seed = seed
+        self._patterns = {word: keyword(word) for rule in config.rules for word in rule.keywords}
 
-    def route(self, question: str, metadata: Mapping[str, Any] | None = None, requested: str = AUTO) -> Route:
-        """The strategy for one question.
-
-        Args:
-            question: The question's text.
-            metadata: What the caller says about it (`update_frequency`, `reasoning_depth`, `context_length`, …).
-            requested: A strategy's name, or `auto`.
+    def route(self, query: RouteQuery, tallies: Sequence[Tally] = ()) -> Route:
+        """The strategy for one question; `tallies` are the ratings so far.
 
         Raises:
-            UserError: `requested` is no strategy, or the release lacks a part that it needs.
+            UserError: `requested` is no strategy, the release lacks a part that it needs, or the caller may not use it.
         """
-        require_strategy(requested, self._available)
-        if requested != AUTO:
-            return Route(requested, reason="asked for by the caller")
-        text = fold(question)[0].casefold()
-        intent, confidence, words = self._intent(text)
-        passed_over: list[str] = []
-        for rule in self._rules:
-            if not self._applies(rule, text, intent, metadata or {}):
-                continue
-            if rule.strategy in self._available:
-                found = f" (recognised by {', '.join(f'“{word}”' for word in words)})" if rule.intent else ""
-                return Route(
-                    rule.strategy,
-                    intent=intent,
-                    confidence=confidence if rule.intent else 1.0,
-                    reason=_with_passed_over(rule.reason + found, passed_over),
+        require_strategy(query.requested, self._available)
+        if query.requested != AUTO:
+            if query.allowed and query.requested not in query.allowed:
+                raise UserError(
+                    f"strategy `{query.requested}` is not open to this key; it may use {', '.join(query.allowed)}"
                 )
-            passed_over.append(rule.strategy)
-        reason = "no rule applies, so the default is taken"
-        if self._default in self._available:
-            chosen: str = self._default
-        else:
-            passed_over.append(self._default)
-            chosen = next(name for name in _FALLBACKS if name in self._available)
-            reason = "no rule applies, so the best that this release has is taken"
-        return Route(chosen, intent=intent, confidence=confidence, reason=_with_passed_over(reason, passed_over))
+            return Route(query.requested, reason="asked for by the caller")
+        decision = _Decision(query, self._available, self._guess(query))
+        return self._by_rules(decision) or self._learned(decision, tallies) or self._default(decision)
 
-    def _intent(self, text: str) -> tuple[str, float, tuple[str, ...]]:
-        """The intent with most matching keywords, its share of all matches, and the keywords that matched."""
-        matches = {
-            intent: tuple(word for word in words if self._patterns[word].search(text))
-            for intent, words in self._intents.items()
-        }
-        total = sum(map(len, matches.values()))
-        if not total:
-            return "", 0.0, ()
-        best = max(matches, key=lambda intent: len(matches[intent]))
-        return best, len(matches[best]) / total, matches[best]
+    def _guess(self, query: RouteQuery) -> Guess:
+        if self._classifier is None or (self._classifier.needs_embedding and query.embedding is None):
+            return self._keywords.classify(query.question)
+        return self._classifier.classify(query.question, query.embedding)
+
+    def _by_rules(self, decision: _Decision) -> Route | None:
+        query = decision.query
+        text, metadata = folded_text(query.question), {**query.metadata, **query.known}
+        for rule in self._config.rules:
+            if not self._applies(rule, text, decision.guess.intent, metadata):
+                continue
+            shares = {name: share for name, share in _shares(rule).items() if share > 0}
+            open_shares = {name: share for name, share in shares.items() if decision.can_take(name)}
+            if not open_shares:
+                continue
+            found = f" ({decision.guess.how})" if rule.intent and decision.guess.how else ""
+            if not rule.split:
+                [strategy], propensity = open_shares, 1.0
+            else:
+                unit = query.user or query.request_id or query.question
+                strategy, propensity = assign(rule.experiment, unit, open_shares)
+                found += f"; the A/B test {rule.experiment} drew {strategy} ({propensity:.0%})"
+            return decision.route(
+                strategy, rule.reason + found, bool(rule.intent), propensity=propensity, experiment=rule.experiment
+            )
+        return None
+
+    def _learned(self, decision: _Decision, tallies: Sequence[Tally]) -> Route | None:
+        intent, learning = decision.guess.intent, self._config.learning
+        strategies = [name for name in dict.fromkeys(learning.strategies) if intent and decision.can_take(name)]
+        if not strategies:
+            return None
+        of_intent = [tally for tally in tallies if tally.intent == intent]
+        rng = bandit.seeded(self._seed, decision.query.request_id or decision.query.question)
+        strategy, propensity = bandit.choose(learning, strategies, of_intent, rng)
+        reason = f"learned from ratings of {intent}: {bandit.ratings_in_words(strategies, of_intent)}"
+        return decision.route(strategy, reason, True, propensity=propensity)
+
+    def _default(self, decision: _Decision) -> Route:
+        reason = "no rule applies, so the default is taken"
+        chosen: str | None = self._config.default
+        if not decision.can_take(self._config.default):
+            chosen = next((name for name in _FALLBACKS if decision.can_take(name, say=False)), None)
+            reason = "no rule applies, so the best that there is is taken"
+        if chosen is None:
+            raise UserError(
+                f"this key may use {', '.join(decision.query.allowed)}, but this release has "
+                f"{', '.join(name for name in self._available if name != AUTO)}"
+            )
+        return decision.route(chosen, reason, True)
 
     def _applies(self, rule: PolicyRule, text: str, intent: str, metadata: Mapping[str, Any]) -> bool:
         return (
@@ -93,16 +171,53 @@ class Router:
         )
 
 
-def _pattern(word: str) -> re.Pattern[str]:
-    """Whole words where the script has spaces, anywhere in the text where it has none."""
-    folded = fold(word)[0].casefold()
-    escaped = re.escape(folded)
-    return re.compile(escaped if _CJK.search(folded) else rf"(?<!\w){escaped}(?!\w)")
+class _Decision:
+    """One question on its way through the router, and what had to be passed over."""
+
+    def __init__(self, query: RouteQuery, available: Collection[str], guess: Guess) -> None:
+        self.query = query
+        self.guess = guess
+        self._available = available
+        self._lacking: dict[str, str] = {}
+
+    def can_take(self, strategy: str, *, say: bool = True) -> bool:
+        """Whether the release has the strategy and the caller may use it; if not, the reason will `say` so."""
+        if strategy not in self._available:
+            problem = "this release lacks a part of it"
+        elif self.query.allowed and strategy not in self.query.allowed:
+            problem = "this key may not use it"
+        else:
+            return True
+        if say:
+            self._lacking.setdefault(strategy, problem)
+        return False
+
+    def route(
+        self, strategy: str, reason: str, by_intent: bool, *, propensity: float = 1.0, experiment: str = ""
+    ) -> Route:
+        """The finished route; its confidence is that of the intent where that decided, else 1."""
+        passed_over = "".join(f"; {name} came first, but {problem}" for name, problem in self._lacking.items())
+        return Route(
+            strategy,
+            intent=self.guess.intent,
+            confidence=self.guess.confidence if by_intent else 1.0,
+            reason=reason + passed_over,
+            propensity=propensity,
+            experiment=experiment,
+        )
 
 
-def _equal(found: Any, wanted: str | int | float | bool) -> bool:
+def _shares(rule: PolicyRule) -> Mapping[str, float]:
+    if rule.strategy is not None:
+        return {rule.strategy: 1.0}
+    return {str(name): share for name, share in rule.split.items()}
+
+
+def _equal(found: Any, wanted: MetadataValue | tuple[MetadataValue, ...]) -> bool:
     if found is None:
         return False
+    if isinstance(wanted, tuple):
+        return any(_equal(found, one) for one in wanted)
     return found == wanted or str(found).strip().casefold() == str(wanted).strip().casefold()
 
 
@@ -112,10 +227,3 @@ def _above(found: Any, bound: float) -> bool:
         return float(found) > bound
     except (TypeError, ValueError):
         return False
-
-
-def _with_passed_over(reason: str, passed_over: list[str]) -> str:
-    if not passed_over:
-        return reason
-    names = ", ".join(dict.fromkeys(passed_over))
-    return f"{reason}; {names} came first, but this release lacks a part of it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,9 @@ from cluster.config import Section
 
 StrategyName = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid", "auto"]
 RoutedStrategy = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid"]
+MetadataValue = str | int | float | bool
+
+SHARES_TOLERANCE = 1e-6
 
 
 class PolicyRule(Section):
@@ -18,19 +22,35 @@ class PolicyRule(Section):
     strategy: RoutedStrategy | None = None
     """Strategy to take; or `split`."""
     split: dict[RoutedStrategy, float] = Field(default_factory=dict)
-    """An A/B test instead of one strategy: shares by strategy, the same for a user each time. They add up to 1."""
+    """An A/B test instead of one strategy: shares by strategy, which add up to 1. A user gets the same strategy each
+    time (drawn from `experiment` and the request's `user`); where a request names no user, each request is drawn."""
     experiment: str = ""
-    """Name of the A/B test, under which `rayft ab` finds it; `split` needs one."""
+    """Name of the A/B test; `split` needs one. Another name draws the users anew."""
     reason: str
     """Shown in the response."""
     intent: str = ""
     """Intent that must have been recognised."""
     keywords: tuple[str, ...] = ()
     """Any of these words in the question (folded to lower case)."""
-    metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Request metadata that must be equal (`update_frequency: daily`)."""
+    metadata: dict[str, MetadataValue | tuple[MetadataValue, ...]] = Field(default_factory=dict)
+    """Request metadata that must be equal, or equal to one of several (`update_frequency: [daily, hourly]`)."""
     metadata_above: dict[str, float] = Field(default_factory=dict)
     """Request metadata that must be greater (`reasoning_depth: 3`, `context_length: 2000`)."""
+
+    @model_validator(mode="after")
+    def _takes_one_way(self) -> Self:
+        if (self.strategy is None) == (not self.split):
+            raise ValueError("a rule takes a `strategy` or a `split`" + (", not both" if self.split else ""))
+        if bool(self.split) != bool(self.experiment):
+            raise ValueError(
+                "`split` needs the name of its `experiment`" if self.split else "`experiment` needs a `split`"
+            )
+        if any(share < 0 or not math.isfinite(share) for share in self.split.values()):
+            raise ValueError(f"split: shares are 0 or more, got {self.split}")
+        total = sum(self.split.values())
+        if self.split and abs(total - 1) > SHARES_TOLERANCE:
+            raise ValueError(f"split of {self.experiment}: shares must add up to 1, got {total:g}")
+        return self
 
 
 # What a question that matches several is taken for: the one with most matches, then
@@ -56,7 +76,7 @@ DEFAULT_INTENTS: dict[str, tuple[str, ...]] = {
 DEFAULT_RULES: tuple[PolicyRule, ...] = (
     PolicyRule(
         strategy="rag",
-        metadata={"update_frequency": "daily"},
+        metadata={"update_frequency": ("daily", "hourly", "realtime")},
         reason="knowledge that changes daily is read from the index",
     ),
     PolicyRule(

@@ -212,9 +212,9 @@ def test_hybrid_falls_back_to_the_closed_book_answer_when_no_quote_verifies(stor
 
 def test_auto_follows_the_router_question_by_question(store):
     class EvenToRaft:
-        def route(self, question, metadata, requested):
-            even = int(question.split("Land")[1].strip("?")) % 2 == 0
-            return Route("raft" if even else "finetuned", reason=f"kind {metadata['kind']}")
+        def route(self, query):
+            even = int(query.question.split("Land")[1].strip("?")) % 2 == 0
+            return Route("raft" if even else "finetuned", reason=f"kind {query.metadata['kind']}")
 
     recipe, questions = make_recipe(store.uri), make_questions(6)
     run = dataclasses.replace(make_run(), router=EvenToRaft())

@@ -2,13 +2,13 @@ import pydantic
 import pytest
 
 from cluster.errors import UserError
-from serving.router import Router
+from serving.router import RouteQuery, Router
 from serving.router_config import PolicyRule, RouterConfig
 
 
 def route(question, metadata=None, requested="auto", available=None, **config):
     router = Router(RouterConfig(**config)) if available is None else Router(RouterConfig(**config), available)
-    return router.route(question, metadata, requested)
+    return router.route(RouteQuery(question, metadata or {}, requested))
 
 
 @pytest.mark.parametrize(
