@@ -82,6 +82,8 @@ class Interaction(Record):
     experiment: str = ""
     release: str = ""
     tenant: str = ""
+    key_id: str = ""
+    """Of the caller's API key (`Caller.key_id`): only the same key may rate the answer."""
     user: str = ""
     abstained: bool = False
     quotes: tuple[str, ...] = ()
