@@ -31,6 +31,8 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    traceparent: str = ""
+    """W3C trace context of the span around the call; empty: not traced. Engines ignore it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Completion:
     generation_ms: float = 0.0
     error: str = ""
     error_code: ErrorCode = ""
+    cached_tokens: int = 0
+    """Prompt tokens that a prefix cache spared the engine."""
 
 
 @dataclass(frozen=True)

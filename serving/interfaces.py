@@ -65,6 +65,8 @@ class SearchQuery:
     filter: Filter | None = None
     embed: bool = False
     """Whether the query's embedding is wanted, too."""
+    traceparent: str = ""
+    """W3C trace context of the span around the call; empty: not traced."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,10 @@ class Observer(Protocol):
         completion_tokens: int,
         verified: int,
         quotes: int,
+        cached_tokens: int = 0,
     ) -> None:
-        """What an answer took: seconds per hop, tokens, quotes and how many of them verified."""
+        """What an answer took: seconds per hop, tokens, quotes and how many of them verified. `cached_tokens` are
+        those of the prompt that the engine did not compute again."""
         ...
 
     def in_flight(self, requests: int) -> None:
@@ -222,8 +226,10 @@ class Observer(Protocol):
         `release_refused`."""
         ...
 
-    def span(self, name: str, **attributes: str | int | float | bool) -> SpanContext:
-        """A span around a hop (`route`, `retrieve`, `generate`)."""
+    def span(self, name: str, parent: str = "", **attributes: str | int | float | bool) -> SpanContext:
+        """A span around a request or a hop (`request`, `route`, `retrieve`, `generate`; on the replicas `search` and
+        `engine`). `parent` is a W3C traceparent from outside this process (the caller's header, a hop's request);
+        empty: the span that is open here."""
         ...
 
 
@@ -235,5 +241,18 @@ class SpanContext(Protocol):
         ...
 
     def __exit__(self, *exception: object) -> None:
-        """Closes it."""
+        """Closes it; an exception marks it as failed, without its message."""
+        ...
+
+    @property
+    def traceparent(self) -> str:
+        """What to hand to the next hop; empty where nothing is traced."""
+        ...
+
+    def set(self, **attributes: str | int | float | bool) -> None:
+        """Attributes known only now (strategy, release, tokens); never the user's text."""
+        ...
+
+    def content(self, **texts: str) -> None:
+        """The user's text (`question`, `answer`): recorded only with `telemetry.trace_content`."""
         ...
