@@ -132,9 +132,7 @@ class FeedbackStore:
             connection.execute(upsert)
             return True
 
-    def rate_stored(
-        self, rating: Rating, *, tenant: str, key_id: str, since: float, now: float | None = None
-    ) -> bool:
+    def rate_stored(self, rating: Rating, *, tenant: str, key_id: str, since: float, now: float | None = None) -> bool:
         """Rates an answer that is stored already; on the disk when it returns.
 
         Args:
@@ -327,7 +325,7 @@ def _replacing(rated: Mapping[str, Any]) -> dict[str, Any]:
     return {**rated, "review": sa.case((same, feedback.c.review), else_=str(Review.NEW))}
 
 
-def _entry(row: Mapping[str, Any]) -> Entry:
+def _entry(row: sa.RowMapping) -> Entry:
     interaction = Interaction.from_row({**row, "user": row["user_id"]})
     rating = None
     if row["satisfied"] is not None:
