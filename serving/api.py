@@ -25,10 +25,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cluster.errors import UserError
+from serving.api_errors import ApiError
 from serving.conversation import Ask, Conversation, GenerationFailedError
 from serving.openai_api import (
     MODEL_PREFIX,
-    ApiError,
     ChatRequest,
     SearchRequest,
     chat_chunk,

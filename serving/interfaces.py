@@ -85,11 +85,27 @@ class Search(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Texts as an encoder sees them."""
+
+    vectors: npt.NDArray[np.float32]
+    """(n, dim) float32, rows of unit length."""
+    tokens: tuple[int, ...]
+    """Tokens of each text, special ones included, before anything is cut."""
+    max_tokens: int
+    """Most tokens that the encoder reads; a longer text is cut there."""
+
+
 class Embed(Protocol):
     """Reaches the retriever's encoder."""
 
-    async def __call__(self, texts: Sequence[str], pins: Pins) -> npt.NDArray[np.float32]:
-        """Embeddings (n, dim) float32 by the pinned index's encoder."""
+    async def __call__(self, texts: Sequence[str], pins: Pins) -> Embedded:
+        """Embeddings by the pinned index's encoder.
+
+        Raises:
+            UserError: The index has no encoder.
+        """
         ...
 
 
@@ -168,7 +184,7 @@ class KeyRing(Protocol):
         """The caller of an `Authorization` header.
 
         Raises:
-            ApiError: 401 where keys are required and this is none (serving/openai_api.py).
+            ApiError: 401 where keys are required and this is none (serving/api_errors.py).
         """
         ...
 

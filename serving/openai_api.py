@@ -14,32 +14,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.answering import readable, verified
+from serving.api_errors import ApiError
 from serving.conversation import Ask
 from serving.records import Answer
 from serving.strategies import AUTO, HYBRID, STRATEGIES
 from training.format import Labels
 
 MODEL_PREFIX = "rayft-"
-
-
-class ApiError(Exception):
-    """An error with its HTTP status and OpenAI's error object."""
-
-    def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: int = 0
-    ) -> None:
-        """`code` is for programs; the error's type follows from the status."""
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kinds = {429: "rate_limit_error", 404: "not_found_error", 408: "timeout_error", 504: "timeout_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Body(BaseModel):
