@@ -200,6 +200,10 @@ class Encoder:
         """Embed queries with the model's query prompt. Returns (n, dim) float32, rows of length 1."""
         return self._encode(texts, self._model.encode_query)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones included, before anything is cut at `max_tokens`."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+
     def _encode(self, texts: Sequence[str], encode: Callable[..., Any]) -> npt.NDArray[np.float32]:
         import numpy as np
 

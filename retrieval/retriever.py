@@ -166,12 +166,44 @@ class Retriever:
             UserError: `k` is not between 1 and the number of chunks that the caller may see, or the index cannot serve
                 the mode.
         """
-        visible = [
+        return self._search(queries, k, key, filter, mode, groups, {})
+
+    def search_and_embed(
+        self, queries: Sequence[str], k: int, *, filter: Filter | None = None, groups: frozenset[str] | None = None
+    ) -> tuple[list[list[Hit]], npt.NDArray[np.float32] | None]:
+        """`search`, and the query embeddings by the (first) index's encoder (n, dim) float32, in one pass; none where
+        no index here has an encoder.
+
+        Raises:
+            UserError: as `search`.
+        """
+        source = self._first_source()
+        vectors = None if source is None else self._encode(source, queries)
+        known = {} if source is None or vectors is None else {source.digest(): vectors}
+        return self._search(queries, k, "k", filter, None, groups, known), vectors
+
+    def visible(self, groups: frozenset[str] | None) -> int:
+        """Number of chunks that a caller of these groups may see; None sees all."""
+        return sum(self._members[place].searcher.live for place in self._open_to(groups))
+
+    def _open_to(self, groups: frozenset[str] | None) -> list[int]:
+        return [
             place
             for place, member in enumerate(self._members)
             if groups is None or not member.access or member.access & groups
         ]
-        rows = sum(self._members[place].searcher.live for place in visible)
+
+    def _search(
+        self,
+        queries: Sequence[str],
+        k: int,
+        key: str,
+        filter: Filter | None,
+        mode: SearchMode | None,
+        groups: frozenset[str] | None,
+        vectors: dict[str, npt.NDArray[np.float32]],
+    ) -> list[list[Hit]]:
+        visible, rows = self._open_to(groups), self.visible(groups)
         if groups is not None and not rows:
             return [[] for _ in queries]
         _require_rows(rows, k, key)
@@ -180,9 +212,14 @@ class Retriever:
         wanted = {place: self._bound(self._members[place], filter) for place in visible}
         searched = {place: bound for place, bound in wanted.items() if bound != NOTHING}
         depth = max(k, self._config.rerank_candidates) if self._config.rerank else k
-        found = self._find(queries, depth, searched, mode or self._config.mode)
+        found = self._find(queries, depth, searched, mode or self._config.mode, vectors)
         hits = self._hits(found, searched)
         return self._load_reranker().rerank(queries, hits, k) if self._config.rerank else hits
+
+    @property
+    def embeds(self) -> bool:
+        """Whether an index here has an encoder."""
+        return self._first_source() is not None
 
     def kinds(self) -> dict[str, set[Kind]]:
         """The keys that a filter may name, and the kinds of their values."""
@@ -223,10 +260,24 @@ class Retriever:
         Raises:
             UserError: no index here has an encoder.
         """
-        source = next((member.source for member in self._members if member.source is not None), None)
+        return self._encode(self._require_source(), queries)
+
+    def embed(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], list[int], int]:
+        """As `encode_queries`, with the tokens of each text before it is cut, and the most tokens that are read."""
+        source = self._require_source()
+        vectors = self._encode(source, texts)
+        with self._lock:
+            encoder = self._encoders[source.digest()]
+            return vectors, encoder.count_tokens(texts), encoder.max_tokens
+
+    def _first_source(self) -> EncoderSource | None:
+        return next((member.source for member in self._members if member.source is not None), None)
+
+    def _require_source(self) -> EncoderSource:
+        source = self._first_source()
         if source is None:
             raise UserError(f"{self.ref} is lexical: it has no encoder")
-        return self._encode(source, queries)
+        return source
 
     def _encode(self, source: EncoderSource, queries: Sequence[str]) -> npt.NDArray[np.float32]:
         digest = source.digest()
@@ -252,13 +303,18 @@ class Retriever:
         return None if bound == EVERYTHING else bound
 
     def _find(
-        self, queries: Sequence[str], k: int, wanted: dict[int, Filter | None], mode: SearchMode
+        self,
+        queries: Sequence[str],
+        k: int,
+        wanted: dict[int, Filter | None],
+        mode: SearchMode,
+        known: dict[str, npt.NDArray[np.float32]],
     ) -> list[Ranking[Place]]:
         """Rankings over all members: as one index where their scores compare, else by rank."""
         modes = {place: self._members[place].resolve(mode) for place in wanted}
         encoders = {self._members[place].searcher.table.encoder_digest for place in wanted if modes[place] != "lexical"}
         vectors = {
-            digest: self._encode(source, queries)
+            digest: known[digest] if digest in known else self._encode(source, queries)
             for digest, source in (
                 (self._members[place].searcher.table.encoder_digest, self._members[place].source)
                 for place in wanted
