@@ -33,9 +33,9 @@ from cluster import locks
 from cluster.config import Section
 from cluster.errors import UserError
 from retrieval.filters import Filter, parse_filter
+from serving.api_errors import ApiError
 from serving.config import ServeConfig, TenantConfig
 from serving.interfaces import ANYBODY, Caller
-from serving.openai_api import ApiError
 
 logger = logging.getLogger(__name__)
 

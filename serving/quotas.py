@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from serving.api_errors import ApiError
 from serving.config import TenantConfig
 from serving.interfaces import Caller, FeedbackUnavailableError
-from serving.openai_api import ApiError
 
 if TYPE_CHECKING:
     from serving.token_use import TokenUse
