@@ -113,7 +113,8 @@ class FeedbackStore:
             kept = 0
             for interaction, row in zip(interactions, rows, strict=True):
                 if not self._is_forgotten(connection, interaction):
-                    kept += connection.execute(self._insert().values(**row).on_conflict_do_nothing()).rowcount
+                    insert = self._insert().values(row).on_conflict_do_nothing().returning(feedback.c.request_id)
+                    kept += connection.execute(insert).first() is not None
             return kept
 
     def rate(self, interaction: Interaction, rating: Rating, now: float | None = None) -> bool:
@@ -122,10 +123,10 @@ class FeedbackStore:
         Returns:
             False where its deletion was asked for after it was given: nothing is stored.
         """
-        insert = self._insert().values(**self._row(interaction), **_rated(rating, now))
-        upsert = insert.on_conflict_do_update(
-            index_elements=[feedback.c.recipe, feedback.c.request_id], set_=_replacing(_rated(rating, now))
-        )
+        rated = _rated(rating, now)
+        key = [feedback.c.recipe, feedback.c.request_id]
+        insert = self._insert().values({**self._row(interaction), **rated})
+        upsert = insert.on_conflict_do_update(index_elements=key, set_=_replacing(rated))
         with writing(self._engine) as connection:
             if self._is_forgotten(connection, interaction):
                 return False
