@@ -20,7 +20,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "rayft needs Python 3.11, found %d.%d: run make PYTHON=/path/to/python3.11" % v)'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),documents,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),documents,traces,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
 	touch $(STAMP)
 
