@@ -87,7 +87,8 @@ export class AnswerCard {
       !details.abstained && suffix && !invented.length && note("plain", suffix),
       cited.length && this.list(cited, t("sources"), "sources"),
       invented.length && this.list(invented, t("unverified"), "sources invented"),
-      el("p", { class: "route" }, el("b", { text: details.route.strategy || details.strategy }), ` ${details.route.reason || t("asked_for")}`),
+      routed(details.route),
+      timeline(details.timings_ms),
       this.how(details, firstMs),
       this.actions(),
     ].filter(Boolean));
@@ -135,7 +136,7 @@ export class AnswerCard {
   }
 
   how(details, firstMs) {
-    const { route, timings_ms: times, hits } = details;
+    const { route, hits } = details;
     const facts = el("dl", { class: "facts" });
     const fact = (name, value) => value !== "" && facts.append(el("dt", { text: t(name) }), el("dd", { text: value }));
     fact("intent", route.intent || t("unknown"));
@@ -146,7 +147,7 @@ export class AnswerCard {
     if (usage) fact("tokens", t("tokens_value", { prompt: usage.prompt_tokens, completion: usage.completion_tokens }));
     if (firstMs !== null) fact("first_words", duration(firstMs));
     fact("release", details.release);
-    return el("details", { class: "how" }, el("summary", { text: t("how") }), timeline(times), facts,
+    return el("details", { class: "how" }, el("summary", { text: t("how") }), facts,
       details.reasoning ? el("div", { class: "reasoning" }, el("h4", { text: t("reasoning") }), el("p", { text: details.reasoning })) : "",
       hits.length ? this.shown(hits, details.passages_left_out) : "");
   }
@@ -247,9 +248,16 @@ function correctionBox(onSend) {
   return form;
 }
 
-/** The hops as shares of the whole. */
+/** How the strategy was chosen. */
+function routed(route) {
+  const intent = route.intent ? ` · ${t("intent_value", { intent: route.intent, confidence: percent(route.confidence) })}` : "";
+  return el("p", { class: "route" }, el("b", { text: `${t("route")} ` }), (route.reason || t("asked_for")) + intent);
+}
+
+/** The hops as shares of the whole; one that was not taken is left out. */
 function timeline(times) {
-  const hops = ["retrieval", "queue", "generation"].map((name) => ({ name, ms: times[name] || 0 }));
+  const hops = ["retrieval", "queue", "generation"].map((name) => ({ name, ms: times[name] || 0 }))
+    .filter(({ ms }) => ms > 0);
   const bar = el("div", { class: "bar", "aria-hidden": "true" });
   const words = el("ul", { class: "hops" });
   for (const { name, ms } of hops) {

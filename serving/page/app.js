@@ -55,7 +55,7 @@ async function submit() {
     el("div", { class: "asked" }, el("h2", { class: "unseen", text: t("you") }), el("p", { text: question })),
     el("div", { class: cards.length > 1 ? "answers side" : "answers" }, ...cards.map((card) => card.node))));
   byId("main").classList.toggle("wide", turns.some((turn) => turn.cards.size > 1));
-  atEnd = true;
+  following = true;
   await finish(cards);
 }
 
@@ -159,18 +159,21 @@ function grow() {
   box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.35)}px`;
 }
 
-let atEnd = true;
+let following = true; // until the reader scrolls
 
-/** Keeps the newest words in sight, unless the reader has scrolled away. */
+/** Keeps the newest words in sight until the question reaches the top, unless the reader has scrolled away. */
 function follow() {
   const main = byId("main");
-  if (atEnd) main.scrollTop = main.scrollHeight;
+  const turn = byId("conversation").lastElementChild;
+  if (!following || !turn) return;
+  const question = main.scrollTop + turn.getBoundingClientRect().top - main.getBoundingClientRect().top;
+  const end = main.scrollHeight - main.clientHeight;
+  main.scrollTop = Math.min(end, turns.length > 1 ? question : 0);
 }
 
-byId("main").addEventListener("scroll", () => {
-  const main = byId("main");
-  atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-}, { passive: true });
+for (const gesture of ["wheel", "touchmove"]) {
+  byId("main").addEventListener(gesture, () => { following = false; }, { passive: true });
+}
 byId("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 byId("question").addEventListener("input", grow);
 byId("question").addEventListener("keydown", (event) => {

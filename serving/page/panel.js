@@ -62,7 +62,7 @@ export class Panel {
   /** On a narrow screen the panel covers the page, which then must not take the focus. */
   cover() {
     const covered = NARROW.matches && !this.node.hidden;
-    for (const node of [document.querySelector(".top"), byId("main"), byId("composer")]) node.inert = covered;
+    for (const node of [document.querySelector(".top"), byId("talk")]) node.inert = covered;
   }
 }
 
