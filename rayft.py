@@ -225,16 +225,16 @@ def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Ans
     retriever = Retriever.open(index, recipe.encoder, recipe.search)
     hits = retriever.search([question], min(recipe.generation.passages, len(retriever)))[0]
     prompt_format, rag = PromptFormat.load(recipe.prompt, recipe.language), STRATEGIES["rag"]
-    request = prepare(question, rag, hits, prompt_format, (), recipe.generation, seed=recipe.seed)
+    prepared = prepare(question, rag, hits, prompt_format, (), recipe.generation, seed=recipe.seed)
     base = base_model_directory(recipe.model)
     engine = TransformersEngine(
         base, {}, recipe.model.precision, recipe.generation.batch_rows, recipe.generation.threads
     )
     try:
-        completion = engine.generate([request])[0]
+        completion = engine.generate([prepared.request])[0]
     finally:
         engine.close()
-    return finish(completion, rag, hits, prompt_format), hits
+    return finish(completion, rag, prepared.hits, prompt_format), hits
 
 
 def describe_answer(question: str, answer: Answer, hits: list[Hit]) -> str:

@@ -16,8 +16,9 @@ from typing import Protocol
 
 from evaluation.records import Prediction
 from retrieval.records import Hit, Question
-from serving.answering import combine, finish, prepare
+from serving.answering import Prepared, combine, finish, prepare
 from serving.config import GenerationConfig
+from serving.context_budget import CountsTokens
 from serving.engine import Completion, GenerationRequest
 from serving.records import Answer, Route, Timings
 from serving.router import RouteQuery
@@ -61,6 +62,8 @@ class AnswerSettings:
     router: ChoosesRoute | None = None
     seed: int = 0
     release: str = ""
+    tokens: CountsTokens | None = None
+    """Counts prompts, so that passages are trimmed to the context as in serving."""
 
 
 def legs_of(strategy: str) -> tuple[Strategy, ...]:
@@ -84,8 +87,7 @@ class _Asked:
     question: Question
     route: Route
     legs: tuple[Strategy, ...]
-    requests: tuple[GenerationRequest, ...]
-    hits: Sequence[Hit]
+    prepared: tuple[Prepared, ...]
 
 
 def answer_window(
@@ -103,7 +105,7 @@ def answer_window(
     `retrieval_ms` is the time per query, a batch's time divided by its queries.
     """
     asked = [_ask(strategy, *pair, settings) for pair in zip(questions, hits, strict=True)]
-    requests = sorted((request for item in asked for request in item.requests), key=_prompt_characters)
+    requests = sorted((leg.request for item in asked for leg in item.prepared), key=_prompt_characters)
     completions = {completion.request_id: completion for completion in _generate(engine, requests)}
     return [Prediction(item.question, _answer(item, completions, settings, retrieval_ms)) for item in asked]
 
@@ -137,7 +139,7 @@ def _ask(strategy: str, question: Question, hits: Sequence[Hit], settings: Answe
         assert settings.router is not None, "`auto` needs a router"
         route = settings.router.route(RouteQuery(question.text, question.metadata, request_id=question.question_id))
     legs = legs_of(route.strategy)
-    requests = tuple(
+    prepared = tuple(
         prepare(
             question.text,
             leg,
@@ -147,26 +149,27 @@ def _ask(strategy: str, question: Question, hits: Sequence[Hit], settings: Answe
             settings.generation,
             request_id=f"{question.question_id}/{leg.name}",
             seed=settings.seed,
+            tokens=settings.tokens,
         )
         for leg in legs
     )
-    return _Asked(question, route, legs, requests, hits)
+    return _Asked(question, route, legs, prepared)
 
 
 def _answer(item: _Asked, completions: dict[str, Completion], settings: AnswerSettings, retrieval_ms: float) -> Answer:
     answers = [
         finish(
-            completions[request.request_id],
+            completions[prepared.request.request_id],
             leg,
-            item.hits,
+            prepared.hits,
             settings.prompt_format,
             question_id=item.question.question_id,
             route=item.route,
             retrieval_ms=retrieval_ms if leg.retrieves else 0.0,
-            passages=settings.generation.passages,
             release=settings.release,
+            passages_left_out=prepared.passages_left_out,
         )
-        for leg, request in zip(item.legs, item.requests, strict=True)
+        for leg, prepared in zip(item.legs, item.prepared, strict=True)
     ]
     if item.route.strategy == HYBRID:
         return combine(answers[0], answers[1], settings.prompt_format, item.route)

@@ -1,6 +1,7 @@
 """From a question to a generation request, and from a completion to an answer: pure functions.
 
-In: a question, a strategy, the hits found for it, the completion. Out: the request, and the `Answer` with its quotes
+In: a question, a strategy, the hits found for it, the completion. Out: the request (with the passages that fit the
+model's context), and the `Answer` with its quotes
 checked against the passages that the model was shown. Serving and offline evaluation call the same functions, so
 their answers are the same. Not covered: searching, generating, HTTP. Imports no torch, ray or faiss.
 """
@@ -9,13 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from retrieval.records import Hit
 from serving.config import GenerationConfig
+from serving.context_budget import CountsTokens, fitting, room_for_prompt
 from serving.engine import Completion, GenerationRequest
 from serving.records import Answer, Route, Timings, Usage
 from serving.strategies import HYBRID, STRATEGIES, Strategy
-from training.format import BEGIN_QUOTE, END_QUOTE, Citation, Labels, PromptFormat, WorkedExample
+from training.format import BEGIN_QUOTE, END_QUOTE, Citation, Labels, Message, PromptFormat, WorkedExample, escape
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request, and what its prompt shows."""
+
+    request: GenerationRequest
+    hits: tuple[Hit, ...]
+    """The hits whose passages are shown, in the order shown."""
+    passages_left_out: int = 0
+    """Passages that did not fit the model's context."""
 
 
 def prepare(
@@ -28,19 +42,51 @@ def prepare(
     *,
     request_id: str = "",
     seed: int = 0,
-) -> GenerationRequest:
-    """The request that asks `question` under `strategy`; `hits` (in rank order) and `examples` are used where the
-    strategy shows them, and left out where it does not."""
-    passages = [hit.passage for hit in hits[: generation.passages]] if strategy.retrieves else None
-    shown = examples[: generation.examples] if strategy.few_shot else ()
-    return GenerationRequest(
+    tokens: CountsTokens | None = None,
+    instructions: str = "",
+) -> Prepared:
+    """The request that asks `question` under `strategy`.
+
+    Args:
+        question: The question, which stands alone.
+        strategy: How to answer.
+        hits: In rank order; the first `generation.passages` that fit are shown, where the strategy shows passages.
+        prompt_format: Renders the prompt.
+        examples: The first `generation.examples` are shown, where the strategy shows examples.
+        generation: Limits and sampling.
+        request_id: Names the request.
+        seed: Fixes the draws.
+        tokens: Counts the prompt; without it nothing is trimmed, and the engine refuses what is too long.
+        instructions: The caller's own system message. Only the base model is shown it, below ours: an adapter has
+            learned one system message, and what it writes under another was never measured.
+
+    Raises:
+        ContextLengthError: The question does not fit the model's context even without passages.
+    """
+    found = tuple(hits[: generation.passages]) if strategy.retrieves else ()
+    examples = examples[: generation.examples] if strategy.few_shot else ()
+    instructions = "" if strategy.adapter is not None else escape(instructions.strip())
+
+    def render(places: Sequence[int]) -> list[Message]:
+        passages = [found[place].passage for place in places] if strategy.retrieves else None
+        system, *turns = prompt_format.messages(question, passages, examples)
+        if instructions:
+            system = {"role": "system", "content": f"{system['content']}\n{instructions}"}
+        return [system, *turns]
+
+    places: Sequence[int] = range(len(found))
+    if tokens is not None:
+        room = room_for_prompt(tokens.window, generation.max_new_tokens, generation.context_tokens)
+        places = fitting(render, len(found), tokens, room)
+    request = GenerationRequest(
         request_id=request_id,
-        messages=tuple(prompt_format.messages(question, passages, shown)),
+        messages=tuple(render(places)),
         adapter=strategy.adapter,
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
         seed=seed,
     )
+    return Prepared(request, tuple(found[place] for place in places), len(found) - len(places))
 
 
 def finish(
@@ -53,24 +99,26 @@ def finish(
     route: Route | None = None,
     retrieval_ms: float = 0.0,
     total_ms: float | None = None,
-    passages: int | None = None,
     release: str = "",
+    standalone: str = "",
+    passages_left_out: int = 0,
 ) -> Answer:
     """The answer that `completion` holds, its quotes verified against the hits shown.
 
     Args:
         completion: What the engine returned; one that ended in an error becomes an abstention with that error.
         strategy: The strategy that was asked.
-        hits: The hits that were given to `prepare`.
+        hits: The hits that the prompt shows (`Prepared.hits`).
         prompt_format: The format that the prompt was written in.
         question_id: Id of the question, offline.
         route: How the strategy was chosen; none says that it was asked for.
         retrieval_ms: Milliseconds spent searching.
         total_ms: Milliseconds from question to answer; none adds up the hops.
-        passages: `generation.passages` where `hits` may hold more than were shown; none takes all hits.
         release: The release that answered.
+        standalone: The question that was answered, where it is not the caller's own.
+        passages_left_out: Passages that did not fit the prompt.
     """
-    shown = tuple(hits[:passages]) if strategy.retrieves else ()
+    shown = tuple(hits) if strategy.retrieves else ()
     parsed = prompt_format.parse(completion.text, [hit.passage for hit in shown])
     failed = completion.finish_reason == "error"
     hops = retrieval_ms + completion.queue_ms + completion.generation_ms
@@ -96,6 +144,8 @@ def finish(
             total=hops if total_ms is None else total_ms,
         ),
         release=release,
+        standalone=standalone,
+        passages_left_out=passages_left_out,
     )
 
 
@@ -117,7 +167,7 @@ def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, rou
     if verified(cited) and not cited.abstained:
         chosen = cited
     elif not closed_book.abstained:
-        chosen = dataclasses.replace(closed_book, hits=cited.hits)
+        chosen = dataclasses.replace(closed_book, hits=cited.hits, passages_left_out=cited.passages_left_out)
     else:
         chosen = dataclasses.replace(
             cited, answer=prompt_format.texts.abstention, quotes=(), citations=(), abstained=True

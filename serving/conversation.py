@@ -1,9 +1,9 @@
-"""One question through the graph: route, retrieve, generate, answer. Plain asyncio, no Ray and no HTTP.
+"""One question through the graph: retrieve, route, generate, answer. Plain asyncio, no Ray and no HTTP.
 
-In: a question with what the caller wishes, and three functions that reach the retriever and the generator. Out: an
-`Answer`, or pieces of readable text and then the `Answer`. The first token is two hops away: search, generate.
-Not covered: admission and deadlines (serving/api.py), conversations of several turns: the last user message is the
-question.
+In: a question with who asks and what they wish, and the doors to retriever, generator and feedback. Out: an `Answer`,
+or pieces of readable text and then the `Answer`. The first token is at most two hops away: one search, which also
+embeds the question for the router, and one generation. One release answers a question from its first hop to its last.
+Not covered: admission and deadlines (serving/api.py), which release is current (serving/live_releases.py).
 """
 
 from __future__ import annotations
@@ -11,29 +11,46 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from retrieval.filters import Filter, all_of
 from retrieval.records import Hit
-from serving.answering import combine, finish, prepare
+from serving.answering import Prepared, combine, finish, prepare, verified
 from serving.config import GenerationConfig
+from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
+from serving.interfaces import (
+    ANYBODY,
+    Caller,
+    Embed,
+    Embedded,
+    FeedbackDoor,
+    Generate,
+    Observer,
+    Pins,
+    Search,
+    SearchQuery,
+    Stream,
+    StreamBrokenError,
+)
+from serving.observing import Watch
 from serving.reading import AnswerReader
-from serving.records import Answer, Route
-from serving.router import RouteQuery, Router
-from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy
-from training.format import PromptFormat, WorkedExample
+from serving.records import Answer, Interaction, Route
+from serving.router import RouteQuery, Router, known_facts
+from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy, require_strategy
+from training.format import Message, PromptFormat, WorkedExample
 
-Search = Callable[[str, int], Awaitable[list[Hit]]]
-Generate = Callable[[GenerationRequest], Awaitable[Completion]]
-Stream = Callable[[GenerationRequest], AsyncGenerator[str | Completion, None]]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A question and the caller's wishes; None takes the recipe's."""
+    """A question, who asks it and what they wish; None takes the recipe's."""
 
     request_id: str
     question: str
@@ -44,20 +61,52 @@ class Ask:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    caller: Caller = ANYBODY
+    history: tuple[Message, ...] = ()
+    """Every message before the question, oldest first. Turns of `user` and `assistant` tell what the question refers
+    to; those of `system` and `developer` are the caller's instructions (see `serving.answering.prepare`)."""
+    user: str = ""
+    """The end user, as the caller names them: A/B tests treat them alike, and feedback is deleted by it."""
+    filter: Filter | None = None
+    """Only matching documents are searched, among those that the caller's key opens."""
+
+    @property
+    def instructions(self) -> str:
+        """The caller's system messages."""
+        return "\n".join(turn["content"] for turn in self.history if turn["role"] in ("system", "developer"))
 
 
 @dataclass(frozen=True)
 class ServedRelease:
-    """What answers: everything that ingress needs of a release, without the models."""
+    """What answers: everything that ingress needs of a release, without the models. It pickles."""
 
-    name: str
+    pins: Pins
     available: tuple[str, ...]
     prompt_format: PromptFormat
     examples: tuple[WorkedExample, ...]
     generation: GenerationConfig
     seed: int
-    passages: int
-    """Passages that the index holds; no search asks for more."""
+    passages: int = 0
+    """Passages of the index that everybody may see."""
+    update_frequencies: Mapping[str, str] = field(default_factory=dict)
+    """How often each collection changes, as its recipe declares it; "" names a recipe's only corpus."""
+
+    @property
+    def name(self) -> str:
+        """The release's reference, which every answer names."""
+        return self.pins.release
+
+
+@dataclass(frozen=True)
+class Doors:
+    """How a conversation reaches the other parts of the graph."""
+
+    search: Search
+    generate: Generate
+    stream: Stream
+    embed: Embed | None = None
+    feedback: FeedbackDoor | None = None
+    observer: Observer | None = None
 
 
 class GenerationFailedError(Exception):
@@ -69,123 +118,280 @@ class GenerationFailedError(Exception):
         self.completion = completion
 
 
+@dataclass
+class _Question:
+    """A question on its way through the graph, with what has been found out about it."""
+
+    ask: Ask
+    text: str
+    """The question as it is searched and answered."""
+    began: float
+    route: Route = field(default_factory=lambda: Route(AUTO))
+    hits: tuple[Hit, ...] = ()
+    retrieval_ms: float = 0.0
+    cached_tokens: int = 0
+
+    @property
+    def standalone(self) -> str:
+        return self.text if self.text != self.ask.question else ""
+
+
+@dataclass
+class _Heard:
+    """What a stream has said so far."""
+
+    pieces: int = 0
+
+
 class Conversation:
     """Answers questions for one release."""
 
     def __init__(
-        self, release: ServedRelease, router: Router, search: Search, generate: Generate, stream: Stream
+        self, release: ServedRelease, router: Router, doors: Doors, tokens: CountsTokens | None = None
     ) -> None:
-        """`search`, `generate` and `stream` reach the other deployments."""
+        """`tokens` counts prompts of the release's base model; without it nothing is trimmed to its context."""
         self.release = release
         self._router = router
-        self._search = search
-        self._generate = generate
-        self._stream = stream
+        self._doors = doors
+        self._tokens = tokens
+        self._watch = Watch(doors.observer, doors.feedback)
 
     async def answer(self, ask: Ask) -> Answer:
         """The finished answer.
 
         Raises:
+            StrategyNotAllowedError: The caller may not use the strategy.
             UserError: The strategy cannot be served.
-            GenerationFailedError: The engine could not serve the request.
+            GenerationFailedError: The engine could not serve the request, or it does not fit the model's context.
         """
-        began = time.perf_counter()
-        route = self._router.route(RouteQuery(ask.question, ask.metadata, ask.strategy, request_id=ask.request_id))
-        hits, retrieval_ms = await self._retrieve(ask.question, route)
-        if route.strategy == HYBRID:
-            return await self._hybrid(ask, route, hits, retrieval_ms, began)
-        strategy = STRATEGIES[route.strategy]
-        completion = await self._generate(self._request(ask, strategy, hits))
-        return self._finish(completion, strategy, route, hits, retrieval_ms, began)
+        question = await self._understand(ask)
+        if question.route.strategy == HYBRID:
+            return self._done(question, await self._hybrid(question))
+        strategy = STRATEGIES[question.route.strategy]
+        prepared = await self._prepare(question, strategy)
+        with self._watch.span("generate", strategy=strategy.name) as span:
+            completion = await self._doors.generate(_traced(prepared, span.traceparent).request, self.release.pins)
+        return self._done(question, self._finish(question, completion, strategy, prepared))
 
     async def stream(self, ask: Ask) -> AsyncGenerator[str | Answer, None]:
-        """Pieces of readable text as they are generated, then the answer; raises as `answer` does.
+        """Pieces of readable text as they are generated, then the answer; raises as `answer` does, and
+        `StreamBrokenError` where the rest of an answer is lost.
 
-        Joined, the pieces are the readable text of the answer. `hybrid` comes in one piece: which of its two answers
-        counts is known at the end.
+        Joined, the pieces are the readable text of the answer. `hybrid` comes in one piece, as soon as it is known
+        which of its two answers counts.
         """
-        began = time.perf_counter()
-        route = self._router.route(RouteQuery(ask.question, ask.metadata, ask.strategy, request_id=ask.request_id))
+        question = await self._understand(ask)
         labels = self.release.prompt_format.texts.labels
-        hits, retrieval_ms = await self._retrieve(ask.question, route)
-        if route.strategy == HYBRID:
-            answer = await self._hybrid(ask, route, hits, retrieval_ms, began)
+        if question.route.strategy == HYBRID:
+            answer = self._done(question, await self._hybrid(question))
             yield AnswerReader(STRATEGIES[HYBRID_CITED], labels).end(answer)
             yield answer
             return
-        strategy = STRATEGIES[route.strategy]
+        strategy = STRATEGIES[question.route.strategy]
+        prepared = await self._prepare(question, strategy)
         reader = AnswerReader(strategy, labels)
-        async with aclosing(self._stream(self._request(ask, strategy, hits))) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, Completion):
-                    answer = self._finish(piece, strategy, route, hits, retrieval_ms, began)
-                    if rest := reader.end(answer):
-                        yield rest
-                    yield answer
-                elif shown := reader.push(piece):
-                    yield shown
+        with self._watch.span("generate", strategy=strategy.name) as span:
+            request = _traced(prepared, span.traceparent).request
+            async with aclosing(self._doors.stream(request, self.release.pins)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Completion):
+                        answer = self._done(question, self._finish(question, piece, strategy, prepared))
+                        if rest := reader.end(answer):
+                            yield rest
+                        yield answer
+                    elif shown := reader.push(piece):
+                        yield shown
 
-    async def search(self, query: str, k: int) -> list[Hit]:
-        """The k best passages."""
-        return await self._search(query, k)
+    async def search(
+        self, query: str, k: int, caller: Caller = ANYBODY, filter: Filter | None = None
+    ) -> tuple[Hit, ...]:
+        """The k best passages that the caller may see; fewer where there are fewer."""
+        found = await self._doors.search(_search_query(query, k, caller, filter), self.release.pins)
+        return found.hits
 
-    async def _retrieve(self, question: str, route: Route) -> tuple[list[Hit], float]:
-        if route.strategy != HYBRID and not STRATEGIES[route.strategy].retrieves:
-            return [], 0.0
-        began = time.perf_counter()
-        hits = await self._search(question, min(self.release.generation.passages, self.release.passages))
-        return hits, (time.perf_counter() - began) * 1000
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Embeddings by the index's encoder; only for a release that pins an index."""
+        assert self._doors.embed is not None, "a release with an index has an encoder"
+        return await self._doors.embed(texts, self.release.pins)
 
-    def _request(self, ask: Ask, strategy: Strategy, hits: list[Hit]) -> GenerationRequest:
-        release = self.release
-        request = prepare(
-            ask.question,
-            strategy,
-            hits,
-            release.prompt_format,
-            release.examples,
-            release.generation,
-            request_id=ask.request_id,
-            seed=release.seed if ask.seed is None else ask.seed,
+    async def _understand(self, ask: Ask) -> _Question:
+        """The question with its route and hits. What was asked for decides whether anything is searched; for `auto`
+        the search comes first, because the router reads the question's embedding and what was found."""
+        require_strategy(ask.strategy, self.release.available, ask.caller.strategies)
+        question = _Question(ask, ask.question, time.perf_counter())
+        if ask.strategy != AUTO:
+            question.route = self._route(question, None, {})
+            if question.route.strategy == HYBRID or STRATEGIES[question.route.strategy].retrieves:
+                await self._retrieve(question, embed=False)
+            return question
+        embedding, known = None, {}
+        if self.release.pins.index:
+            embedding = await self._retrieve(question, embed=True)
+            known = known_facts(question.hits, self.release.update_frequencies, await self._passage_tokens(question))
+        question.route = self._route(question, embedding, known)
+        return question
+
+    def _route(self, question: _Question, embedding: npt.NDArray[np.float32] | None, known: Mapping[str, Any]) -> Route:
+        ask = question.ask
+        query = RouteQuery(
+            question.text, ask.metadata, ask.strategy, embedding, ask.user, ask.request_id, ask.caller.strategies, known
         )
-        wished = {"max_new_tokens": ask.max_new_tokens, "temperature": ask.temperature, "top_p": ask.top_p}
-        stated: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
-        return dataclasses.replace(request, stop=ask.stop, **stated)
+        with self._watch.span("route") as span:
+            route = self._router.route(query, self._watch.tallies())
+            span.set(strategy=route.strategy, intent=route.intent)
+        return route
 
-    def _finish(
-        self,
-        completion: Completion,
-        strategy: Strategy,
-        route: Route,
-        hits: list[Hit],
-        retrieval_ms: float,
-        began: float,
-    ) -> Answer:
+    async def _retrieve(self, question: _Question, *, embed: bool) -> npt.NDArray[np.float32] | None:
+        ask, began = question.ask, time.perf_counter()
+        query = _search_query(question.text, self.release.generation.passages, ask.caller, ask.filter, embed=embed)
+        with self._watch.span("retrieve", k=query.k) as span:
+            found = await self._doors.search(
+                dataclasses.replace(query, traceparent=span.traceparent), self.release.pins
+            )
+        question.hits = found.hits
+        question.retrieval_ms = (time.perf_counter() - began) * 1000
+        return found.embedding
+
+    async def _passage_tokens(self, question: _Question) -> int | None:
+        if self._tokens is None:
+            return None
+        texts = "\n".join(hit.passage.text for hit in question.hits)
+        return await asyncio.to_thread(self._tokens.count, [{"role": "user", "content": texts}])
+
+    async def _prepare(self, question: _Question, strategy: Strategy, leg: str = "") -> Prepared:
+        """The request, its passages fitted to the model's context; tokenising happens in a thread. `leg` tells the two
+        requests of one `hybrid` question apart."""
+        ask, release = question.ask, self.release
+        wished = {"max_new_tokens": ask.max_new_tokens, "temperature": ask.temperature}
+        stated = {name: value for name, value in wished.items() if value is not None}
+        try:
+            prepared = await asyncio.to_thread(
+                prepare,
+                question.text,
+                strategy,
+                question.hits,
+                release.prompt_format,
+                release.examples,
+                release.generation.model_copy(update=stated),
+                request_id=f"{ask.request_id}/{leg}" if leg else ask.request_id,
+                seed=release.seed if ask.seed is None else ask.seed,
+                tokens=self._tokens,
+                instructions=ask.instructions,
+            )
+        except ContextLengthError as error:
+            raise GenerationFailedError(
+                Completion(
+                    ask.request_id, finish_reason="error", error=str(error), error_code="context_length_exceeded"
+                )
+            ) from error
+        request = dataclasses.replace(
+            prepared.request,
+            adapter=None if strategy.adapter is None else release.pins.adapters[strategy.adapter],
+            top_p=1.0 if ask.top_p is None else ask.top_p,
+            stop=ask.stop,
+        )
+        return dataclasses.replace(prepared, request=request)
+
+    def _finish(self, question: _Question, completion: Completion, strategy: Strategy, prepared: Prepared) -> Answer:
         if completion.finish_reason == "error":
             raise GenerationFailedError(completion)
+        return self._answer_of(question, completion, strategy, prepared)
+
+    def _answer_of(self, question: _Question, completion: Completion, strategy: Strategy, prepared: Prepared) -> Answer:
+        question.cached_tokens += completion.cached_tokens
         return finish(
-            completion,
+            dataclasses.replace(completion, request_id=question.ask.request_id),
             strategy,
-            hits,
+            prepared.hits,
             self.release.prompt_format,
-            route=route,
-            retrieval_ms=retrieval_ms,
-            total_ms=(time.perf_counter() - began) * 1000,
+            route=question.route,
+            retrieval_ms=question.retrieval_ms,
+            total_ms=(time.perf_counter() - question.began) * 1000,
             release=self.release.name,
+            standalone=question.standalone,
+            passages_left_out=prepared.passages_left_out,
         )
 
-    async def _hybrid(self, ask: Ask, route: Route, hits: list[Hit], retrieval_ms: float, began: float) -> Answer:
-        strategies = STRATEGIES[HYBRID_CITED], STRATEGIES[HYBRID_CLOSED_BOOK]
+    async def _hybrid(self, question: _Question) -> Answer:
+        """Both answers at once. A cited answer whose quote verifies is taken as soon as it is there, and the
+        closed-book one is then cancelled."""
+        legs = STRATEGIES[HYBRID_CITED], STRATEGIES[HYBRID_CLOSED_BOOK]
+        for_cited, for_closed = [await self._prepare(question, leg, leg.name) for leg in legs]
+        heard = _Heard()
+        with self._watch.span("generate", strategy=HYBRID) as span:
+            for_cited, for_closed = _traced(for_cited, span.traceparent), _traced(for_closed, span.traceparent)
+            closed_book = asyncio.create_task(self._closed_book(for_closed.request, heard))
+            try:
+                completion = await self._doors.generate(for_cited.request, self.release.pins)
+                cited = self._finish(question, completion, legs[0], for_cited)
+                if not closed_book.done() and verified(cited) and not cited.abstained:
+                    rest = await self._unfinished(for_closed.request, heard)
+                    other = self._answer_of(question, rest, legs[1], for_closed)
+                else:
+                    other = self._finish(question, await closed_book, legs[1], for_closed)
+            finally:
+                closed_book.cancel()
+                await asyncio.gather(closed_book, return_exceptions=True)
+        return combine(cited, other, self.release.prompt_format, question.route)
+
+    async def _closed_book(self, request: GenerationRequest, heard: _Heard) -> Completion:
+        """A completion, counted while it is generated, because a cancelled one does not say what it took."""
         try:
-            async with asyncio.TaskGroup() as group:  # when one fails, the other is cancelled
-                tasks = [group.create_task(self._one(self._request(ask, strategy, hits))) for strategy in strategies]
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-        cited, closed_book = (
-            self._finish(task.result(), strategy, route, hits, retrieval_ms, began)
-            for task, strategy in zip(tasks, strategies, strict=True)
-        )
-        return combine(cited, closed_book, self.release.prompt_format, route)
+            async with aclosing(self._doors.stream(request, self.release.pins)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Completion):
+                        return piece
+                    heard.pieces += 1
+        except StreamBrokenError:  # nobody has seen the pieces, so the answer may be generated anew
+            heard.pieces = 0
+        return await self._doors.generate(request, self.release.pins)
 
-    async def _one(self, request: GenerationRequest) -> Completion:
-        return await self._generate(request)
+    async def _unfinished(self, request: GenerationRequest, heard: _Heard) -> Completion:
+        """What a request that is to be cancelled has taken: nothing before its first piece, and then its prompt and a
+        token per piece (a piece that waits for the rest of a character holds several, so this is the least)."""
+        prompt_tokens = 0
+        if heard.pieces and self._tokens is not None:
+            prompt_tokens = await asyncio.to_thread(self._tokens.count, request.messages)
+        return Completion(
+            request.request_id,
+            finish_reason="error",
+            prompt_tokens=prompt_tokens,
+            completion_tokens=heard.pieces,
+            error="its answer is not needed",
+            error_code="cancelled",
+        )
+
+    def _done(self, question: _Question, answer: Answer) -> Answer:
+        """The answer, told to feedback and metrics."""
+        ask, route = question.ask, answer.route
+        interaction = Interaction(
+            request_id=ask.request_id,
+            at=time.time(),
+            question=question.text,
+            answer=answer.answer,
+            strategy=answer.strategy,
+            intent=route.intent,
+            confidence=route.confidence,
+            propensity=route.propensity,
+            experiment=route.experiment,
+            release=answer.release,
+            tenant=ask.caller.tenant,
+            key_id=ask.caller.key_id,
+            user=ask.user,
+            abstained=answer.abstained,
+            quotes=answer.quotes,
+            doc_ids=tuple(dict.fromkeys(citation.doc_id for citation in verified(answer))),
+            total_ms=answer.timings_ms.total,
+        )
+        self._watch.answered(answer, interaction, question.cached_tokens)
+        return answer
+
+
+def _search_query(query: str, k: int, caller: Caller, wished: Filter | None, *, embed: bool = False) -> SearchQuery:
+    """A search within what the caller's key opens; a request's own filter only narrows it."""
+    filters = [part for part in (caller.filter, wished) if part is not None]
+    return SearchQuery(query, k, caller.groups, all_of(filters) if filters else None, embed)
+
+
+def _traced(prepared: Prepared, traceparent: str) -> Prepared:
+    return dataclasses.replace(prepared, request=dataclasses.replace(prepared.request, traceparent=traceparent))

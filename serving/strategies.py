@@ -59,14 +59,23 @@ def available_strategies(adapters: Collection[str], *, has_index: bool, has_exam
     return (*names, AUTO)
 
 
-def require_strategy(name: str, available: Collection[str]) -> str:
-    """`name`, when it can be served.
+class StrategyNotAllowedError(UserError):
+    """The caller's key does not open the strategy."""
+
+
+def require_strategy(name: str, available: Collection[str], allowed: Collection[str] = ()) -> str:
+    """`name`, when it can be served to a caller who may use the strategies `allowed` (none allows all, and `auto` is
+    open to everybody: it chooses among what is allowed).
 
     Raises:
+        StrategyNotAllowedError: The caller may not use it.
         UserError: There is no such strategy, or the release lacks an adapter, index or examples that it needs.
     """
-    if name in available:
+    usable = [other for other in available if not allowed or other in allowed or other == AUTO]
+    if name in usable:
         return name
     known = name in STRATEGIES or name in (HYBRID, AUTO)
+    if known and allowed and name not in allowed:
+        raise StrategyNotAllowedError(f"strategy `{name}` is not open to this key; it may use {', '.join(usable)}")
     problem = f"strategy `{name}` needs a part that this release lacks" if known else f"there is no strategy `{name}`"
-    raise UserError(f"{problem}; available: {', '.join(available)}")
+    raise UserError(f"{problem}; available: {', '.join(usable)}")

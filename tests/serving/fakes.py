@@ -9,6 +9,7 @@ from serving.answering import prepare
 from serving.config import GenerationConfig
 from serving.conversation import ServedRelease
 from serving.engine import Completion, Ticket
+from serving.interfaces import Pins
 from serving.strategies import STRATEGIES, available_strategies
 from training.config import PromptConfig
 from training.format import PromptFormat
@@ -88,7 +89,11 @@ def prompt_format(language="en"):
 
 def served_release(adapters=("raft", "finetuned"), *, language="en", examples=(), passages=2, **generation):
     return ServedRelease(
-        name="release/test/0123456789abcdef",
+        pins=Pins(
+            release="release/test/0123456789abcdef",
+            index="index/test/0123456789abcdef",
+            adapters={role: f"adapter/{role}/0123456789abcdef" for role in adapters},
+        ),
         available=available_strategies(adapters, has_index=True, has_examples=bool(examples)),
         prompt_format=prompt_format(language),
         examples=tuple(examples),
@@ -109,4 +114,4 @@ def wait_until(condition, timeout_s=5.0):
 
 def base_request(question):
     """A closed-book request to the base model."""
-    return prepare(question, STRATEGIES["base"], [], prompt_format(), (), GenerationConfig())
+    return prepare(question, STRATEGIES["base"], [], prompt_format(), (), GenerationConfig()).request

@@ -17,7 +17,9 @@ EXAMPLES = tuple(WorkedExample(f"example {i}", (SPAIN,), "<ANSWER>: Madrid") for
 
 
 def request(strategy, **generation):
-    return prepare("Capital of Greece?", STRATEGIES[strategy], HITS, FORMAT, EXAMPLES, GenerationConfig(**generation))
+    return prepare(
+        "Capital of Greece?", STRATEGIES[strategy], HITS, FORMAT, EXAMPLES, GenerationConfig(**generation)
+    ).request
 
 
 def answer(text, strategy="raft", **completion):
@@ -51,8 +53,7 @@ def test_finish_quote_is_verified_with_offsets_of_the_document():
 def test_finish_quote_of_a_passage_not_shown_is_not_verified():
     text = "##begin_quote##Lisbon##end_quote## <ANSWER>: Lisbon"
     assert not verified(answer(text))
-    hits = [Hit(SPAIN, 1.0, 1), Hit(GREECE, 0.9, 2)]
-    assert not verified(finish(Completion("id", CITED), STRATEGIES["raft"], hits, FORMAT, passages=1))
+    assert not verified(finish(Completion("id", CITED), STRATEGIES["raft"], [Hit(SPAIN, 1.0, 1)], FORMAT))
 
 
 def test_finish_stray_markers_are_not_part_of_the_answer():
