@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Section
+from retrieval.filters import parse_filter
 from serving.router_config import RoutedStrategy, RouterConfig
 from training.config import TrainingRecipe
 
@@ -95,6 +96,12 @@ class TenantConfig(Section):
     tokens_per_day: int | None = Field(default=None, ge=1)
     """Prompt and completion tokens of each key per day (UTC)."""
 
+    @field_validator("filter")
+    @classmethod
+    def _filter_can_be_read(cls, filter: dict[str, Any]) -> dict[str, Any]:
+        parse_filter(filter)
+        return filter
+
 
 class ServeConfig(Section):
     """The graph: its address, its deployments, who may ask."""
@@ -124,10 +131,10 @@ class ServeConfig(Section):
     citation_shapes: tuple[Literal["azure", "perplexity"], ...] = ()
     """Shapes in which citations are given beside OpenAI's and our own."""
     keys: str = ""
-    """File of hashed API keys (`rayft keys new`); the environment variable RAYFT_API_KEYS adds more. Without any key
+    """File of hashed API keys (`rayft keys new`); the environment variable RAYFT_API_KEYS adds more. Without either
     everybody who reaches the port may ask."""
     tenants: dict[str, TenantConfig] = Field(default_factory=dict)
-    """Tenants by name; a key belongs to one."""
+    """Tenants by name; a key of a tenant that is not named here is refused."""
     log_content: bool = False
     """Write questions and answers into the log, for debugging."""
 
