@@ -77,8 +77,7 @@ export class AnswerCard {
       this.standalone.hidden = false;
       this.standalone.textContent = t("standalone", { question: details.standalone });
     }
-    const sources = distinct(details.citations.filter((citation) => citation.verified));
-    const cited = details.abstained ? [] : sources;
+    const cited = numbered(details.citations);
     const suffix = this.showText(text, annotations, details, cited);
     const invented = distinct(details.citations.filter((citation) => !citation.verified));
     this.rest.replaceChildren(...[
@@ -113,9 +112,9 @@ export class AnswerCard {
   }
 
   marker(text, cited, hits) {
-    const citation = cited[Number.parseInt(text.replace(/\D/g, ""), 10) - 1];
+    const number = Number.parseInt(text.replace(/\D/g, ""), 10);
+    const citation = cited.find((one) => one.number === number);
     if (!citation) return text;
-    const number = cited.indexOf(citation) + 1;
     const label = t("source", { n: number, title: citation.title });
     return el("button", {
       type: "button", class: "cite", text: String(number), title: citation.title, "aria-label": label,
@@ -125,11 +124,11 @@ export class AnswerCard {
 
   list(citations, title, kind) {
     const { hits } = this.result.details;
-    const items = citations.map((citation, i) => el("li", {}, el("button", {
+    const items = citations.map((citation) => el("li", {}, el("button", {
       type: "button", class: "source",
       onclick: (event) => this.page.panel.openCitation(citation, hits, event.currentTarget),
     },
-    el("span", { class: "number", "aria-hidden": "true", text: citation.verified ? String(i + 1) : "?" }),
+    el("span", { class: "number", "aria-hidden": "true", text: citation.number ? String(citation.number) : "?" }),
     el("span", {}, el("b", { text: citation.verified ? citation.title : t("unverified_quote") }), " ",
       el("q", { text: oneLine(citation.quote) })))));
     return el("section", { class: kind }, el("h4", { text: title }), el("ol", {}, ...items));
@@ -164,9 +163,11 @@ export class AnswerCard {
   actions() {
     const requestId = this.result.requestId;
     const told = el("span", { class: "told", role: "status" });
+    let stored = {}; // a later rating replaces an earlier one: what was said before is said again
     const send = async (rating) => {
       try {
-        await sendFeedback({ request_id: requestId, ...rating });
+        await sendFeedback({ request_id: requestId, ...stored, ...rating });
+        stored = { ...stored, ...rating };
         told.textContent = t("thanks");
         return true;
       } catch (error) {
@@ -175,10 +176,8 @@ export class AnswerCard {
         return false;
       }
     };
-    let thumb = null;
     const thumbs = ["up", "down"].map((way) => button(way, t(way === "up" ? "good" : "bad"), async () => {
       if (!(await send({ rating: way }))) return;
-      thumb = way;
       for (const other of thumbs) other.setAttribute("aria-pressed", String(other.dataset.way === way));
       if (way === "down") open(true);
     }));
@@ -192,7 +191,7 @@ export class AnswerCard {
       }
     });
     const box = correctionBox(async (correction) => {
-      if (await send({ rating: thumb ?? "down", correction })) open(false);
+      if (await send({ rating: stored.rating ?? "down", correction })) open(false);
     });
     const edit = button("edit", t("correct"), () => open(box.hidden));
     const open = (shown) => {
@@ -270,7 +269,13 @@ function timeline(times) {
   return el("div", { class: "times" }, bar, words);
 }
 
-/** Citations without repeats, in order: their number is the place in this list. */
+/** One citation per marker, in the order of their numbers. */
+function numbered(citations) {
+  const marked = citations.filter((citation) => citation.number);
+  return [...new Map(marked.map((citation) => [citation.number, citation])).values()].sort((a, b) => a.number - b.number);
+}
+
+/** Citations without repeats. */
 function distinct(citations) {
   return [...new Map(citations.map((citation) => [JSON.stringify(citation), citation])).values()];
 }

@@ -46,10 +46,12 @@ async function refusal(response) {
   return new Failure(status < 500 ? "refused" : "failed", { status, message, retryAfter });
 }
 
+const NO_STRATEGY = new Set(["rayft-embedding"]);
+
 /** Names of the strategies that the server offers, with the model ids that ask for them. */
 export async function models() {
   const { data } = await (await request("v1/models")).json();
-  return data.filter((model) => model.id.startsWith("rayft-"))
+  return data.filter((model) => model.id.startsWith("rayft-") && !NO_STRATEGY.has(model.id))
     .map((model) => ({ id: model.id, name: model.id.slice("rayft-".length) }));
 }
 
