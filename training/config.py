@@ -13,6 +13,9 @@ from cluster.config import Section
 from retrieval.config import QuestionColumns, RetrievalRecipe
 from training.teacher_config import TeacherConfig
 
+QUESTION_FILES = ("path", "test_path", "train_path")
+"""Keys of `questions` that name files: what is in these counts, not how they are called."""
+
 
 class QuestionsConfig(Section):
     """Questions with answers, and how they are split."""
@@ -21,6 +24,9 @@ class QuestionsConfig(Section):
     """Questions: rayft's or BEIR's .jsonl, a BEIR folder, SQuAD's .json (1.1 or 2.0), .csv or .parquet."""
     test_path: str = ""
     """A second file of test questions; without it, questions that carry no `split` are split by document."""
+    train_path: str = ""
+    """A further file of questions that only train, such as `rayft feedback export` writes: how the others are split
+    stays as it is, and those about a document that is held out, or that repeat a test question, are left out."""
     columns: QuestionColumns = QuestionColumns()
     """Columns of .jsonl, .csv and .parquet."""
     test_documents_fraction: float = Field(default=0.2, ge=0, lt=1)

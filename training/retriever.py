@@ -23,7 +23,7 @@ from cluster.stage import Outcome, Plan, run_stage
 from retrieval.encoder import BASE_INPUT, encoder_digest, encoder_directory
 from retrieval.metrics import bootstrap
 from retrieval.records import Question
-from training.config import TrainingRecipe
+from training.config import QUESTION_FILES, TrainingRecipe
 from training.ray_train import fit
 from training.retriever_measure import DECIDES, SHOWN, choose_pool
 from training.retriever_mining import HELD_OUT, TRAINING, VALIDATION, Mined, mine, open_dense, untuned
@@ -47,7 +47,7 @@ def encoder_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
     """What the tuned encoder depends on; not the number of workers, threads or GPUs."""
     config = {
         "retriever": recipe.retriever.model_dump(exclude=set(RESOURCES)),
-        "questions": recipe.questions.model_dump(exclude={"path", "test_path"}),
+        "questions": recipe.questions.model_dump(exclude=set(QUESTION_FILES)),
     }
     inputs = {BASE_INPUT: encoder_digest(recipe.encoder), **questions_inputs(recipe)}
     return Plan("encoder", recipe.name, config, inputs, {"index": index.ref}, ENCODER_FORMAT, recipe.seed)

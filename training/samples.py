@@ -28,7 +28,7 @@ from retrieval.documents import join_path, open_filesystem
 from retrieval.question_files import FORMATS
 from retrieval.questions import is_beir
 from retrieval.records import Question
-from training.config import TrainingRecipe
+from training.config import QUESTION_FILES, TrainingRecipe
 from training.data_card import count_kinds, make_card
 from training.format import FORMAT_VERSION, PromptFormat, WorkedExample, prompt_path
 from training.raft_rows import RowMaker
@@ -54,7 +54,7 @@ def require_questions(recipe: TrainingRecipe) -> None:
     """Refuses a recipe without questions before anything long is begun.
 
     Raises:
-        UserError: naming `questions.path` or `questions.test_path`.
+        UserError: naming the recipe key.
     """
     questions_inputs(recipe)
 
@@ -65,10 +65,8 @@ def questions_inputs(recipe: TrainingRecipe) -> dict[str, str]:
     Raises:
         UserError: there is no such file, naming the key.
     """
-    inputs = {"questions.path": _questions_digest(recipe.questions.path, "questions.path")}
-    if recipe.questions.test_path:
-        inputs["questions.test_path"] = _questions_digest(recipe.questions.test_path, "questions.test_path")
-    return inputs
+    paths = {f"questions.{key}": getattr(recipe.questions, key) for key in QUESTION_FILES}
+    return {key: _questions_digest(path, key) for key, path in paths.items() if path or key == "questions.path"}
 
 
 def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
@@ -78,7 +76,7 @@ def samples_plan(recipe: TrainingRecipe, index: Artifact) -> Plan:
     config = {
         "samples": recipe.samples.model_dump(exclude={"workers"}),
         "prompt": recipe.prompt.model_dump(exclude={"path"}),
-        "questions": recipe.questions.model_dump(exclude={"path", "test_path"}),
+        "questions": recipe.questions.model_dump(exclude=set(QUESTION_FILES)),
         "prompt_format": FORMAT_VERSION,
     }
     if mined_by := _search_settings(recipe):

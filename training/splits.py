@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import UserError
@@ -20,7 +20,7 @@ from cluster.progress import say
 from retrieval.questions import read_questions
 from retrieval.records import Question
 from training.config import QuestionsConfig, TrainingRecipe
-from training.duplicates import Sifted, drop_leaks, drop_repeats
+from training.duplicates import LEAK, Sifted, content_words, drop_leaks, drop_repeats
 
 TRAIN = "train"
 NEW_QUESTIONS = "test_new_questions"
@@ -29,6 +29,7 @@ NEW_KINDS = "test_new_kinds"
 SPLITS = (TRAIN, NEW_QUESTIONS, NEW_DOCUMENTS, NEW_KINDS)
 TEST = "test"
 """What a file may call its tests: new documents where training asks about none of theirs, otherwise new questions."""
+HELD_OUT = "about a document that is held out"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def prepare_questions(recipe: TrainingRecipe) -> Prepared:
     how = (config.columns, recipe.corpora())
     asked = read_questions(config.path, "questions.path", *how)
     tests = read_questions(config.test_path, "questions.test_path", *how) if config.test_path else None
+    more = read_questions(config.train_path, "questions.train_path", *how) if config.train_path else []
     _refuse_bad_splits(asked, tests)
+    more = _only_training(more, {question.question_id for question in (*asked, *(tests or ()))})
     named = {question.question_id for question in asked if question.split not in ("", TRAIN)}
     named |= {question.question_id for question in tests or ()}
     sifted = drop_repeats([*asked, *(tests or ())], named, config.near_duplicate)
@@ -64,11 +67,60 @@ def prepare_questions(recipe: TrainingRecipe) -> Prepared:
     )
     drawn = {question.question_id for question in split if question.split != TRAIN} - named
     left = drop_leaks(split, drawn | named) if drawn else Sifted(split, [])
-    drops = collections.Counter(reason for _, reason in (*sifted.dropped, *left.dropped))
+    joined = join_training(left.kept, more, config.near_duplicate)
+    drops = collections.Counter(reason for _, reason in (*sifted.dropped, *left.dropped, *joined.dropped))
     if drops:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
-        say(f"questions: left out {sum(drops.values())} of {len(asked) + len(tests or ())}: {reasons}")
-    return Prepared(left.kept, drops)
+        say(f"questions: left out {sum(drops.values())} of {len(asked) + len(tests or ()) + len(more)}: {reasons}")
+    return Prepared(joined.kept, drops)
+
+
+def _only_training(more: Sequence[Question], known: Collection[str]) -> list[Question]:
+    """The questions of `questions.train_path`, to train with."""
+    for question in more:
+        if question.question_id in known:
+            raise UserError(
+                f"questions.train_path: question {question.question_id} stands in questions.path or "
+                "questions.test_path too; ids must differ"
+            )
+        if question.split not in ("", TRAIN):
+            raise UserError(
+                f"questions.train_path: question {question.question_id} has the split {question.split!r}; all its "
+                f"questions train: leave the split out"
+            )
+    return [dataclasses.replace(question, split=TRAIN) for question in more]
+
+
+def join_training(questions: Sequence[Question], more: Sequence[Question], near_duplicate: float) -> Sifted:
+    """Adds questions that train to others that are split already, which stay as they are.
+
+    Args:
+        questions: With their splits.
+        more: Questions that train; their ids are others.
+        near_duplicate: As `questions.near_duplicate`.
+
+    Returns:
+        All `questions`, then what may join them; and the others of `more`, with the reason: about a document that is
+        held out, the words of a test question (whatever its answer), or as `drop_repeats`.
+    """
+    if not more:
+        return Sifted(list(questions), [])
+    held_out = held_out_documents(questions)
+    tests = {question.question_id for question in questions if question.split != TRAIN}
+    tested = {_words(question) for question in questions if question.question_id in tests}
+    faults = {question.question_id: HELD_OUT for question in more if held_out.intersection(question.documents)}
+    faults |= {question.question_id: LEAK for question in more if _words(question) in tested}
+    free = [question for question in more if question.question_id not in faults]
+    joining = {question.question_id for question in free}
+    sifted = drop_repeats([*questions, *free], tests, near_duplicate)
+    faults |= {question.question_id: reason for question, reason in sifted.dropped if question.question_id in joining}
+    kept = [question for question in more if question.question_id not in faults]
+    dropped = [(question, faults[question.question_id]) for question in more if question.question_id in faults]
+    return Sifted([*questions, *kept], dropped)
+
+
+def _words(question: Question) -> frozenset[str]:
+    return frozenset(content_words(question.text, ()))
 
 
 def assign_splits(

@@ -11,7 +11,7 @@ from retrieval.records import Golden, Question
 from tests.retrieval.test_squad import FILE
 from training.config import TrainingRecipe
 from training.duplicates import ANSWERED, DUPLICATE, LEAK
-from training.splits import NEW_DOCUMENTS, NEW_QUESTIONS, TRAIN, prepare_questions
+from training.splits import HELD_OUT, NEW_DOCUMENTS, NEW_QUESTIONS, TRAIN, prepare_questions
 
 
 def recipe(path: Path, corpus: Path | str = "", **questions: object) -> TrainingRecipe:
@@ -95,3 +95,51 @@ def test_squad_file_is_corpus_and_questions_at_once(tmp_path):
     prepared = prepare_questions(recipe(tmp_path / "dev.json", tmp_path / "dev.json", test_documents_fraction=0.5))
     assert {q.split for q in prepared.questions} >= {TRAIN, NEW_DOCUMENTS}
     assert sum(q.unanswerable for q in prepared.questions) == 1
+
+
+def split_file(path: Path) -> None:
+    questions = [about(f"q{i}", f"What is number {i}?", str(i), f"d{i % 6}") for i in range(60)]
+    write_questions(path, [*questions, Question("u", "What is nothing?", (), (), "", {"kind": "unanswerable"})])
+
+
+def test_questions_that_only_train_join_and_move_no_other(tmp_path, capsys):
+    split_file(tmp_path / "q.jsonl")
+    before = prepare_questions(recipe(tmp_path / "q.jsonl")).questions
+    test = next(q for q in before if q.split == NEW_QUESTIONS)
+    held_out = next(q.documents[0] for q in before if q.split == NEW_DOCUMENTS)
+    seen = next(q for q in before if q.split == TRAIN and not q.unanswerable)
+    more = [
+        about("new", "Who painted the door?", "Pheidias", "d-of-nobody"),
+        about("held-out", "Who painted the wall?", "Pheidias", held_out),
+        about("leak", test.text.upper().replace("?", ""), "another answer", seen.documents[0]),
+        about("again", seen.text, seen.answers[0], seen.documents[0]),
+        about("answers-u", "What is nothing?", "a question", seen.documents[0], TRAIN),
+    ]
+    write_questions(tmp_path / "more.jsonl", more)
+    capsys.readouterr()
+    after = prepare_questions(recipe(tmp_path / "q.jsonl", train_path=str(tmp_path / "more.jsonl")))
+    assert after.questions[: len(before)] == before
+    joined = [q.question_id for q in after.questions[len(before) :]]
+    assert joined == (["new", "answers-u"] if split_of(before, "u") == TRAIN else ["new"])
+    assert all(q.split == TRAIN for q in after.questions[len(before) :])
+    assert (after.drops[HELD_OUT], after.drops[DUPLICATE]) == (1, 1)
+    assert after.drops[LEAK] == 5 - 2 - len(joined)
+    assert "of 66: 1 about a document that is held out, 1 near-duplicate question" in capsys.readouterr().out
+
+
+def split_of(questions: list[Question], name: str) -> str:
+    return next(question.split for question in questions if question.question_id == name)
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        (about("q1", "What else?", "1", "d1"), "question q1 stands in questions.path"),
+        (about("n", "What else?", "1", "d1", NEW_QUESTIONS), "'test_new_questions'.*leave the split out"),
+    ],
+)
+def test_questions_that_only_train_are_refused_where_they_cannot(tmp_path, question, told):
+    split_file(tmp_path / "q.jsonl")
+    write_questions(tmp_path / "more.jsonl", [question])
+    with pytest.raises(UserError, match=rf"questions\.train_path: .*{told}"):
+        prepare_questions(recipe(tmp_path / "q.jsonl", train_path=str(tmp_path / "more.jsonl")))
