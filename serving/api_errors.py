@@ -7,12 +7,14 @@ logs. Shapes: https://platform.openai.com/docs/guides/error-codes/api-errors.
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from typing import Any
 
 from cluster.errors import UserError
 from serving.conversation import GenerationFailedError
 from serving.interfaces import FeedbackOffError, FeedbackUnavailableError, StreamBrokenError, UnknownRequestError
+from serving.strategies import StrategyNotAllowedError
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +83,21 @@ def api_error(error: Exception, request_id: str, unavailable: tuple[type[Excepti
                 code="feedback_unavailable",
                 retry_after_s=NOT_READY_RETRY_S,
             )
+        case StrategyNotAllowedError():
+            return ApiError(403, str(error), code="model_not_allowed", param="model")
         case UserError():
-            return ApiError(400, str(error), code="invalid_request")
+            return ApiError(400, without_values(str(error)), code="invalid_request")
     if isinstance(error, unavailable):
         logger.warning("%s: a part of the graph is unavailable: %s", request_id, type(error).__name__)
         return ApiError(503, "a part of the server is not ready", code="not_ready", retry_after_s=NOT_READY_RETRY_S)
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s failed: %s\n%s", request_id, type(error).__name__, where)
     return ApiError(500, "internal error", code="internal_error")
+
+
+def without_values(reason: str) -> str:
+    """A sentence of ours without the value that it quotes, which is the user's."""
+    return re.sub(r"got (['\"]).*\1", "got other text", reason)
 
 
 def _generation_error(error: GenerationFailedError) -> ApiError:

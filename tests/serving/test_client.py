@@ -9,7 +9,7 @@ from cluster.errors import UserError
 from serving.answering import finish
 from serving.client import Reply, ask_over_http, curl_line, describe_reply
 from serving.engine import Completion
-from serving.openai_api import chat_response
+from serving.chat_shapes import chat_response
 from serving.strategies import STRATEGIES
 from tests.serving.fakes import CITED, FakeRetriever, prompt_format
 
