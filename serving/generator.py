@@ -186,11 +186,10 @@ def first_that_loads(candidates: list[Pins], load: Callable[[Pins], Any]) -> tup
 
 @dataclass(frozen=True)
 class StoreEngines:
-    """Engines over the artifacts of a store, as the recipe says; the model's section and the generation's as plain
-    values, so that they pickle."""
+    """Engines over the artifacts of a store, as the recipe says."""
 
-    model: dict[str, Any]
-    generation: dict[str, Any]
+    model: ModelConfig
+    generation: GenerationConfig
     store_uri: str
 
     def base(self, pins: Pins) -> str:
@@ -198,22 +197,21 @@ class StoreEngines:
         from cluster.model_source import model_digest
         from training.base_model import base_model_directory
 
-        return pins.base_digest or model_digest(base_model_directory(ModelConfig(**self.model)))
+        return pins.base_digest or model_digest(base_model_directory(self.model))
 
     def open(self, pins: Pins) -> Engine:
         """The engine; refuses another base model than the pinned one, naming both."""
         from cluster.model_source import model_digest
         from training.base_model import base_model_directory
 
-        config, settings = ModelConfig(**self.model), GenerationConfig(**self.generation)
-        base = base_model_directory(config)
+        base = base_model_directory(self.model)
         if pins.base_digest and (found := model_digest(base)) != pins.base_digest:
             raise ArtifactError(
-                f"model.base: the release was made with a base model of digest {pins.base_digest[:12]}, {config.base} "
-                f"has {found[:12]}; serve the base model that the adapters were trained on"
+                f"model.base: the release was made with a base model of digest {pins.base_digest[:12]}, "
+                f"{self.model.base} has {found[:12]}; serve the base model that the adapters were trained on"
             )
         directories = {ref: self.adapter(ref) for ref in pins.adapters.values()}
-        return open_engine(base, directories, settings, config)
+        return open_engine(base, directories, self.generation, self.model)
 
     def adapter(self, ref: str) -> Path:
         """The adapter's verified directory."""

@@ -113,10 +113,9 @@ class Hops:
 
     async def ready(self) -> None:
         """Returns when both answer."""
-        await self._ask(lambda: self._generator.ready.remote())
+        await self._ask(self._generator.ready.remote)
         if self._retriever is not None:
-            retriever = self._retriever
-            await self._ask(lambda: retriever.ready.remote())
+            await self._ask(self._retriever.ready.remote)
 
     async def _ask(self, call: Callable[[], Any]) -> Any:
         for last in (False, True):

@@ -21,19 +21,11 @@ from cluster.store import Store
 from serving.config import ServingRecipe
 from serving.conversation import Conversation, ServedRelease
 from serving.interfaces import Observer, PartUnavailableError, Pins
-from serving.opened_release import pins_of, served_release
+from serving.opened_release import served_release
 
 logger = logging.getLogger(__name__)
 
 TRY_REFUSED_AGAIN_S = 60.0
-
-
-@dataclass(frozen=True)
-class OpenedRelease:
-    """A release as ingress needs it."""
-
-    served: ServedRelease
-    pins: Pins
 
 
 class ReleaseSource(Protocol):
@@ -43,8 +35,8 @@ class ReleaseSource(Protocol):
         """Version of the promoted release; empty where none is."""
         ...
 
-    def open(self, version: str) -> OpenedRelease:
-        """What a release pins, checked.
+    def open(self, version: str) -> ServedRelease:
+        """What ingress needs of a release, its pins checked.
 
         Raises:
             ArtifactError: It does not fit this program, or lacks an artifact.
@@ -64,13 +56,13 @@ class StoreReleases:
 
         return Store(self.recipe.store.uri).current(KIND, self.recipe.name) or ""
 
-    def open(self, version: str) -> OpenedRelease:
+    def open(self, version: str) -> ServedRelease:
         """Reads the release and what ingress needs of its artifacts."""
         from cluster.releases import open_release
 
         store = Store(self.recipe.store.uri)
         release = open_release(store, self.recipe.name, version)
-        return OpenedRelease(served_release(self.recipe, store, release), pins_of(release))
+        return served_release(self.recipe, store, release)
 
 
 def first_pins(source: ReleaseSource | None, started_with: Pins) -> list[Pins]:
@@ -89,13 +81,13 @@ class LiveReleases:
     def __init__(
         self,
         first: Conversation,
-        source: ReleaseSource,
-        converse: Callable[[OpenedRelease], Conversation],
+        source: ReleaseSource | None,
+        converse: Callable[[ServedRelease], Conversation],
         prepare: Callable[[Pins], Awaitable[None]],
         observer: Observer,
         every_s: float,
     ) -> None:
-        """`converse` makes the conversation of an opened release, in a thread."""
+        """`converse` makes the conversation of an opened release, in a thread. Without a source the first stays."""
         self._current = first
         self._source = source
         self._converse = converse
@@ -110,7 +102,9 @@ class LiveReleases:
         return self._current
 
     def follow(self) -> None:
-        """Starts to follow, in the background."""
+        """Starts to follow, in the background, where there is something to follow."""
+        if self._source is None or self._every_s <= 0:
+            return
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -123,6 +117,7 @@ class LiveReleases:
 
     async def look(self) -> bool:
         """Takes the promoted release up where it is another; returns whether it was."""
+        assert self._source is not None, "there is nothing to follow"
         version = await asyncio.to_thread(self._source.promoted)
         if not version or self._current.release.name.endswith(f"/{version}"):
             return False

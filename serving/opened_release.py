@@ -1,17 +1,19 @@
 """What ingress needs of a release, read from its artifacts: pins that travel with requests, and what answers are made
 with.
 
-In: a recipe, the store, a release. Out: `Pins` and a `ServedRelease`. Not covered: models and indexes, which the
+In: a recipe, the store, a release. Out: a `ServedRelease` with its `Pins`. Not covered: models and indexes, which the
 deployments open for themselves. Imports no ray, torch or faiss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import ArtifactError
 from cluster.releases import Release
-from cluster.store import Store
+from cluster.store import ArtifactRef, Store
 from serving.config import ServingRecipe
 from serving.conversation import ServedRelease
 from serving.interfaces import Pins
@@ -20,6 +22,8 @@ from training.format import FORMAT_VERSION, PromptFormat
 
 if TYPE_CHECKING:
     from cluster.store import Artifact
+    from serving.context_budget import CountsTokens
+    from serving.intents import IntentClassifier
 
 
 def pins_of(release: Release) -> Pins:
@@ -49,17 +53,47 @@ def served_release(recipe: ServingRecipe, store: Store, release: Release) -> Ser
     has_index = release.index is not None
     examples = load_examples(store.open_ref(release.samples)) if release.samples and has_index else ()
     return ServedRelease(
-        name=str(release.ref),
+        pins=pins_of(release),
         available=available_strategies(release.adapters, has_index=has_index, has_examples=bool(examples)),
         prompt_format=PromptFormat.load(recipe.prompt, recipe.language),
         examples=examples,
         generation=recipe.generation,
         seed=recipe.seed,
         passages=_public_chunks(store.open_ref(release.index)) if release.index else 0,
+        update_frequencies=_update_frequencies(store.open_ref(release.index)) if release.index else {},
     )
+
+
+@dataclass(frozen=True)
+class StoreParts:
+    """What ingress opens beside the pins (`serving.ingress.ReleaseParts`)."""
+
+    recipe: ServingRecipe
+
+    def classifier(self, pins: Pins) -> IntentClassifier | None:
+        """The pinned intent classifier, where one is pinned."""
+        if not pins.router:
+            return None
+        from serving.intents import open_classifier
+
+        return open_classifier(Store(self.recipe.store.uri).open_ref(ArtifactRef.parse(pins.router)))
+
+    def tokens(self, pins: Pins) -> CountsTokens:
+        """The base model's tokenizer; it is the generator that holds the base to its pinned digest."""
+        from serving.prompt_tokens import PromptTokens
+        from training.base_model import base_model_directory
+
+        return PromptTokens.open(base_model_directory(self.recipe.model))
 
 
 def _public_chunks(index: Artifact) -> int:
     """Chunks that everybody may see; a catalog counts them apart."""
     counts = index.manifest.counts
     return int(counts.get("public_chunks", counts["chunks"]))
+
+
+def _update_frequencies(index: Artifact) -> Mapping[str, str]:
+    """By collection; an index of one corpus declares none."""
+    from retrieval.collections import is_catalog, read_catalog
+
+    return {entry.name: entry.update_frequency for entry in read_catalog(index)} if is_catalog(index) else {}

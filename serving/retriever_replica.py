@@ -13,9 +13,10 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.store import ArtifactRef, Store
+from retrieval.config import EncoderConfig, SearchConfig
 from retrieval.filters import Filter
 from retrieval.records import Hit
 from serving.generator import first_that_loads
@@ -177,18 +178,17 @@ def _search(batch: list[_Asked]) -> list[Found]:
 
 @dataclass(frozen=True)
 class StoreRetrievers:
-    """Retrievers over the indexes of a store; the recipe's sections as plain values, so that they pickle."""
+    """Retrievers over the indexes of a store, as the recipe says."""
 
-    encoder: dict[str, Any]
-    search: dict[str, Any]
+    encoder: EncoderConfig
+    search: SearchConfig
     store_uri: str
 
     def open(self, index: str) -> Searches:
         """The retriever, warm: the encoder is loaded at the first search, 5 s that no user should wait."""
-        from retrieval.config import EncoderConfig, SearchConfig
         from retrieval.retriever import Retriever
 
         artifact = Store(self.store_uri).open_ref(ArtifactRef.parse(index))
-        retriever = Retriever.open(artifact, EncoderConfig(**self.encoder), SearchConfig(**self.search))
+        retriever = Retriever.open(artifact, self.encoder, self.search)
         retriever.search_and_embed(["warm up"], 1)
         return retriever
