@@ -283,19 +283,20 @@ class ApiKeys:
     def _known(self) -> dict[str, ApiKey]:
         """The keys by digest, as the file has them now."""
         seen = self._look()
-        if self._keys is None or seen != self._seen:
-            self._seen, self._keys = seen, None
-            try:
-                stored = self._file.read() if self._file else ()
-            except UserError as error:
+        if self._keys is not None and seen == self._seen:
+            return self._keys
+        try:
+            found = {key.sha256: key for key in self.all()}
+        except UserError as error:
+            if self._keys is not None or seen != self._seen:  # once, not at every request until it is mended
                 logger.error("nobody is let in: %s", error)
-                stored = None
-            if stored is not None:
-                self._keys = {key.sha256: key for key in (*self._fixed, *stored)}
-                logger.info("%d API keys", len(self._keys))
-        if self._keys is None:
-            raise ApiError(503, "the server cannot read its API keys", code="keys_unavailable", retry_after_s=5)
-        return self._keys
+            self._seen, self._keys = seen, None
+            raise ApiError(
+                503, "the server cannot read its API keys", code="keys_unavailable", retry_after_s=5
+            ) from None
+        logger.info("%d API keys", len(found))
+        self._seen, self._keys = seen, found
+        return found
 
     def _look(self) -> tuple[int, ...]:
         """What changes when the file does; empty when it is gone."""
