@@ -3,7 +3,8 @@
 In: a base model directory (safetensors), PEFT adapter directories. Out: completions and streams (serving/engine.py).
 One thread owns the model; requests wait in front of it, join the running batch between steps, and leave it when they
 end. Rows that begin with the same tokens (instructions, worked examples) read them once. In float32 a row's greedy
-tokens do not depend on its neighbours. Not covered: several GPUs, quantised weights; that is vLLM's part.
+tokens do not depend on its neighbours. Adapters come and go while requests run. Not covered: several GPUs, quantised
+weights; that is vLLM's part.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import torch
 
+from cluster.errors import UserError
 from serving.adapted_model import AdaptedModel, Precision
+from serving.adapters import AdapterFiles, first_line
 from serving.decoding import TextAssembler, sample
 from serving.engine import Completion, ErrorCode, FinishReason, GenerationRequest, Ticket
 from serving.kv_batch import KVBatch, common_prefix
@@ -40,6 +43,7 @@ class _Row:
         self.cancelled = False
         self.queued_at = time.perf_counter()
         self.started_at = self.queued_at
+        self.slot: str | None = None  # the adapter as the model knows it, from tokenising to the end
         self.prompt: list[int] = []
         self.prefix_tokens = 0
         self.next_token = 0
@@ -48,6 +52,21 @@ class _Row:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+class _Change:
+    """Work on the adapters that waits for the engine's thread, and for whoever asked for it."""
+
+    def __init__(self, apply: Callable[[Future[None]], None]) -> None:
+        """`apply` sets the future it is given, at once or when the work has ended."""
+        self._apply = apply
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        try:
+            self._apply(self.done)
+        except Exception as error:  # noqa: BLE001 - raised again where the change was asked for
+            self.done.set_exception(error)
 
 
 class _Stream:
@@ -94,10 +113,13 @@ class TransformersEngine:
         Raises:
             ArtifactError: A directory holds no such model, or an adapter does not fit the base model.
         """
-        self._model = AdaptedModel(base_directory, adapters, precision, device)
+        self._model = AdaptedModel(base_directory, precision, device)
+        # Name to slot; replaced as a whole, so that every thread may read it.
+        self._slots = {name: self._model.add(self._model.read(name, path)) for name, path in adapters.items()}
+        self._leaving: list[tuple[str, Future[None]]] = []  # slots that are freed when no row uses them any more
         self._batch_rows = batch_rows
         self._threads = threads
-        self._inbox: queue.SimpleQueue[list[_Row] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[_Row] | _Change | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row | None] = []  # None: a row that has ended and whose columns still stand in the batch
         self._batch: KVBatch | None = None
@@ -108,8 +130,8 @@ class TransformersEngine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that were loaded."""
-        return self._model.adapters
+        """Names of the adapters that requests may ask for."""
+        return tuple(self._slots)
 
     def submit(self, request: GenerationRequest, on_text: Callable[[str], None] | None = None) -> Ticket:
         """Queues a request; `on_text` is called on the engine's thread."""
@@ -136,6 +158,28 @@ class TransformersEngine:
         """Whether the engine takes requests."""
         return self._thread.is_alive() and not self._closed
 
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Loads an adapter while requests go on; without effect where one of this name is loaded, as a name stands for
+        one content. Not to be called on the engine's own thread.
+
+        Raises:
+            ArtifactError: The directory holds no LoRA adapter, or it does not fit the base model; all else serves on.
+            UserError: The engine is closed.
+        """
+        if name in self._slots:
+            return
+        files = self._model.read(name, directory)
+        change = _Change(lambda done: self._add(files, done))
+        if not self._enqueue(change):
+            raise UserError(f"adapter `{name}` was not loaded: the engine is closed")
+        change.done.result()
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes no more requests for an adapter, and frees it when the last one has ended."""
+        change = _Change(lambda done: self._leave(name, done))
+        if self._enqueue(change):
+            change.done.result()
+
     def close(self) -> None:
         """Ends what is under way with `error_code` closed, and frees the model."""
         with self._lock:
@@ -144,13 +188,15 @@ class TransformersEngine:
                 self._inbox.put(None)
         self._thread.join()
 
-    def _enqueue(self, rows: list[_Row]) -> None:
+    def _enqueue(self, item: list[_Row] | _Change) -> bool:
+        """Hands something to the engine's thread; False, and rows fail, when the engine is closed."""
         with self._lock:
             if not self._closed:
-                self._inbox.put(rows)
-                return
-        for row in rows:
+                self._inbox.put(item)
+                return True
+        for row in item if isinstance(item, list) else ():
             self._fail(row, "closed", "the engine is closed")
+        return False
 
     # Everything below runs on the engine's thread.
 
@@ -162,15 +208,18 @@ class TransformersEngine:
                 try:
                     if not self._take_in():
                         break
+                    self._free_left()
                     self._admit()
                     self._step()
                 except Exception as error:  # noqa: BLE001 - one bad batch must not end the engine
                     logger.error("generation failed for %d requests: %s", len(self._active()), type(error).__name__)
                     for row in self._active():
-                        self._fail(row, "internal", f"generation failed: {_first_line(error)}")
+                        self._fail(row, "internal", f"generation failed: {first_line(error)}")
                     self._running, self._batch = [], None
         for row in [*self._active(), *self._waiting]:
             self._fail(row, "closed", "the engine was closed before the request ended")
+        for _, freed in self._leaving:
+            freed.set_result(None)
         self._batch = None
 
     def _active(self) -> list[_Row]:
@@ -179,25 +228,62 @@ class TransformersEngine:
     def _take_in(self) -> bool:
         """Moves arrivals to the waiting line, sleeping while there is nothing to do; False when closed."""
         while True:
-            idle = not self._waiting and not self._active()
+            idle = not self._waiting and not self._active() and not self._leaving
             try:
                 arrived = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
+            if isinstance(arrived, _Change):
+                arrived.run()
+                continue
             if arrived is None:
-                while not self._inbox.empty():
-                    self._waiting.extend(self._inbox.get() or [])
+                self._turn_away()
                 return False
             ready = [row for row in arrived if self._tokenise(row)]
             self._waiting.extend(sorted(ready, key=lambda row: -len(row.prompt)))
 
+    def _turn_away(self) -> None:
+        """Ends what came in beside the word that the engine is closed."""
+        while not self._inbox.empty():
+            late = self._inbox.get()
+            if isinstance(late, _Change):
+                late.done.set_exception(UserError("the adapter was not changed: the engine is closed"))
+            else:
+                self._waiting.extend(late or [])
+
+    def _add(self, files: AdapterFiles, added: Future[None]) -> None:
+        if files.name not in self._slots:  # two may have loaded it at once
+            self._slots = {**self._slots, files.name: self._model.add(files)}
+        added.set_result(None)
+
+    def _leave(self, name: str, freed: Future[None]) -> None:
+        slot = self._slots.get(name)
+        if slot is None:
+            freed.set_result(None)
+            return
+        self._slots = {other: kept for other, kept in self._slots.items() if other != name}
+        self._leaving.append((slot, freed))
+
+    def _free_left(self) -> None:
+        """Frees the adapters that were unloaded, once no row uses them."""
+        if not self._leaving:
+            return
+        used = {row.slot for row in [*self._active(), *self._waiting]}
+        for slot, freed in [left for left in self._leaving if left[0] not in used]:
+            self._compact()  # rows that have ended still stand in the batch under their adapter
+            self._leaving.remove((slot, freed))
+            self._model.drop(slot)
+            freed.set_result(None)
+
     def _tokenise(self, row: _Row) -> bool:
         """Reads the prompt into tokens; a request that cannot be served ends here."""
         request = row.request
-        if request.adapter is not None and request.adapter not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            self._fail(row, "unknown_adapter", f"there is no adapter `{request.adapter}`; loaded: {known}")
-            return False
+        if request.adapter is not None:
+            row.slot = self._slots.get(request.adapter)
+            if row.slot is None:
+                known = ", ".join(self._slots) or "none"
+                self._fail(row, "unknown_adapter", f"there is no adapter `{request.adapter}`; loaded: {known}")
+                return False
         try:
             row.prompt, row.prefix_tokens = self._model.tokenise(request.messages)
         except Exception as error:  # noqa: BLE001 - chat templates raise what they like about messages they refuse
@@ -232,7 +318,7 @@ class TransformersEngine:
         except Exception as error:  # noqa: BLE001 - the rows that were running go on
             logger.error("prefill failed for %d requests: %s", len(joining), type(error).__name__)
             for row in joining:
-                self._fail(row, "internal", f"generation failed: {_first_line(error)}")
+                self._fail(row, "internal", f"generation failed: {first_line(error)}")
             return
         self._compact()
         self._running += joining
@@ -249,7 +335,7 @@ class TransformersEngine:
             widest = max([len(other.prompt) for other in rows] + [len(row.prompt)])
             if rows and widest * (len(rows) + 1) > PREFILL_TOKENS:
                 break
-            if neighbours and not self._model.may_mix(row.request.adapter, neighbours[0].request.adapter):
+            if neighbours and not self._model.may_mix(row.slot, neighbours[0].slot):
                 break
             row.started_at = now
             rows.append(self._waiting.popleft())
@@ -258,7 +344,7 @@ class TransformersEngine:
     def _prefill(self, rows: list[_Row]) -> tuple[KVBatch, torch.Tensor]:
         prompts = [row.prompt for row in rows]
         shared = min(common_prefix(prompts), *(row.prefix_tokens for row in rows))
-        return self._model.prefill(prompts, [row.request.adapter for row in rows], shared)
+        return self._model.prefill(prompts, [row.slot for row in rows], shared)
 
     def _compact(self) -> None:
         """Takes the rows that have ended out of the batch."""
@@ -344,7 +430,3 @@ class TransformersEngine:
     def _fail(self, row: _Row, code: ErrorCode, error: str) -> None:
         if not row.completion.done():
             self._end(row, "error", code, error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
