@@ -30,6 +30,7 @@ from evaluation import cli as evaluation_cli
 from evaluation.config import EvaluationRecipe
 from retrieval.cli import index_app
 from serving.cli import serving_app
+from serving.feedback_cli import feedback_app
 from serving.keys_cli import keys_app
 from training.cli import train_app
 from training.questions_cli import questions_app
@@ -150,6 +151,8 @@ app.add_typer(samples_app(load), name="samples")
 app.add_typer(train_app(load), name="train")
 evaluation_cli.register(app, load)
 app.add_typer(serving_app(load))
+feedback = feedback_app(load)
+app.add_typer(feedback, name="feedback")
 app.add_typer(keys_app(), name="keys")
 app.add_typer(cluster_app(load, PATH_KEYS))
 

@@ -56,6 +56,8 @@ class Entry:
     """The right answer as far as it is known: the reviewer's, else the user's correction, else the one given."""
     doc_ids: tuple[str, ...]
     """Documents that hold it: the reviewer's, else those of the verified quotes."""
+    named: bool
+    """Whether a reviewer named `doc_ids`."""
     shortened: bool
     """Question or answer was longer than what is kept."""
 
@@ -78,6 +80,18 @@ class Selection:
             and self.request_id in (None, interaction.request_id)
             and (self.before is None or interaction.at < self.before)
         )
+
+
+@dataclass(frozen=True)
+class Satisfaction:
+    """What users think of a strategy."""
+
+    strategy: str
+    ratings: int
+    satisfied: float
+    """Sum over ratings, each between 0 and 1."""
+    corrections: int
+    unrated: int
 
 
 class FeedbackStore:
@@ -167,6 +181,16 @@ class FeedbackStore:
             rows = connection.execute(query.group_by(*key).order_by(*key)).all()
         return [Tally(intent, strategy, float(good), float(bad)) for intent, strategy, good, bad in rows]
 
+    def satisfaction(self) -> list[Satisfaction]:
+        """Counts per strategy, by name."""
+        satisfied, strategy = feedback.c.satisfied, feedback.c.strategy
+        corrected = sa.func.sum(sa.case((feedback.c.correction != "", 1), else_=0))
+        counts = (sa.func.count(satisfied), sa.func.coalesce(sa.func.sum(satisfied), 0), corrected, sa.func.count())
+        query = sa.select(strategy, *counts).where(feedback.c.recipe == self._recipe)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.group_by(strategy).order_by(strategy)).all()
+        return [Satisfaction(row[0], int(row[1]), float(row[2]), int(row[3]), int(row[4] - row[1])) for row in rows]
+
     def entries(self, reviews: Collection[Review] = (), *, rated: bool = False) -> Iterator[Entry]:
         """Entries by time, oldest first, a page at a time.
 
@@ -229,10 +253,11 @@ class FeedbackStore:
         with writing(self._engine) as connection:
             deleted = connection.execute(feedback.delete().where(*where)).rowcount
             connection.execute(forgotten.delete().where(forgotten.c.at < now - FORGOTTEN_DAYS * DAY_S))
-            for what in ("user", "request_id"):
-                if (value := getattr(selection, what)) is not None:
-                    row = {"recipe": self._recipe, "at": now, "what": what, "digest": _digest(value)}
-                    connection.execute(forgotten.insert().values(**row, tenant=selection.tenant))
+            what = "user" if selection.request_id is None else "request_id"
+            meant = getattr(selection, what)
+            if meant is not None and selection.before is None:
+                row = {"recipe": self._recipe, "at": now, "what": what, "digest": _digest(meant)}
+                connection.execute(forgotten.insert().values(**row, tenant=selection.tenant))
         if deleted and self._engine.dialect.name == "sqlite":
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")  # the log still holds the text
@@ -338,5 +363,6 @@ def _entry(row: sa.RowMapping) -> Entry:
         Review(row["review"]),
         row["reviewed_answer"] or row["correction"] or row["answer"],
         tuple(row["reviewed_doc_ids"] or row["doc_ids"]),
+        bool(row["reviewed_doc_ids"]),
         row["shortened"],
     )
