@@ -1,4 +1,4 @@
-"""A base model with its adapters, its tokenizer, and the prompt prefixes that it has read already.
+"""A base model with its adapters, and the prompt prefixes that it has read already.
 
 In: directories. Out: token ids, logits, filled caches. Each row of a forward pass names its adapter's slot: rows of one
 adapter take PEFT's usual path, mixed rows its per-row path. Only one thread may call `prefill`, `forward`, `add` and
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers.cache_utils import Cache
@@ -20,7 +20,8 @@ from cluster.errors import ArtifactError
 from serving.adapters import BASE, AdapterFiles, AdapterSlots, read_adapter
 from serving.attention import use_grouped_attention
 from serving.kv_batch import KeyValues, KVBatch, common_prefix, key_values_of, prefill
-from training.base_model import load_model, load_tokenizer, model_dtype
+from serving.prompt_tokens import PromptTokens
+from training.base_model import load_model, model_dtype
 from training.format import Message
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -34,7 +35,7 @@ class AdaptedModel:
     def __init__(self, base_directory: Path, precision: Precision, device: str | None = None) -> None:
         """Loads the base model; see `TransformersEngine` for the arguments and errors."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer = load_tokenizer(base_directory)
+        self.tokens = PromptTokens(base_directory)
         base = load_model(base_directory, model_dtype(precision)).to(self.device).eval()
         use_grouped_attention(base)
         config = base.config.get_text_config()
@@ -44,8 +45,6 @@ class AdaptedModel:
                 f"model.base: {base_directory.name} has layers of type {', '.join(sorted(layer_types))}; "
                 "the transformers engine serves models of attention layers only"
             )
-        self.window = int(config.max_position_embeddings)
-        self.end_tokens = _end_tokens(base, self.tokenizer)
         self._dtype = base.dtype
         self._slots = AdapterSlots(base)
         # A sliding window counts columns, holes included, so only models without one may share prefixes.
@@ -55,23 +54,15 @@ class AdaptedModel:
 
     def tokenise(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """The prompt's token ids, and how many of the first do not depend on the last message."""
-        ids = self._encode(messages)
+        ids = self.tokens.encode(messages)
         head = tuple((message["role"], message["content"]) for message in messages[:-1])
         if head not in self._heads:
             if len(self._heads) >= CACHED_PREFIXES:
                 self._heads.clear()
             # What stays the same when the last message is another one: two probes, as tokens may join at the border.
-            probes = [self._encode([*messages[:-1], Message(role=messages[-1]["role"], content=c)]) for c in "?A"]
+            probes = [self.tokens.encode([*messages[:-1], Message(role=messages[-1]["role"], content=c)]) for c in "?A"]
             self._heads[head] = probes[0][: common_prefix(probes)]
         return ids, min(common_prefix([ids, self._heads[head]]), len(ids) - 1)
-
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens, without special ones."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def read(self, name: str, directory: Path) -> AdapterFiles:
         """Reads an adapter's files for `add`; on any thread."""
@@ -137,16 +128,3 @@ class AdaptedModel:
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a turn, as model, generation settings and tokenizer name them."""
-    named = [model.config.eos_token_id, tokenizer.eos_token_id]
-    if model.generation_config is not None:
-        named.append(model.generation_config.eos_token_id)
-    return frozenset(
-        int(token)
-        for entry in named
-        if entry is not None
-        for token in (entry if isinstance(entry, list | tuple) else [entry])
-    )

@@ -26,6 +26,7 @@ from serving.adapters import AdapterFiles, first_line
 from serving.decoding import TextAssembler, sample
 from serving.engine import Completion, ErrorCode, FinishReason, GenerationRequest, Ticket
 from serving.kv_batch import KVBatch, common_prefix
+from serving.prompt_tokens import too_long
 
 logger = logging.getLogger(__name__)
 
@@ -286,21 +287,18 @@ class TransformersEngine:
                 return False
         try:
             row.prompt, row.prefix_tokens = self._model.tokenise(request.messages)
+        except UserError as error:
+            self._fail(row, "internal", str(error))
+            return False
         except Exception as error:  # noqa: BLE001 - chat templates raise what they like about messages they refuse
             logger.error("a prompt could not be tokenised: %s", type(error).__name__)
             self._fail(row, "internal", f"the prompt could not be tokenised: {type(error).__name__}")
             return False
-        room = self._model.window - request.max_new_tokens
-        if len(row.prompt) > room:
-            self._fail(
-                row,
-                "context_length_exceeded",
-                f"the prompt has {len(row.prompt)} tokens; beside {request.max_new_tokens} new tokens the model's "
-                f"window of {self._model.window} leaves room for {max(room, 0)}",
-            )
+        if reason := too_long(len(row.prompt), request.max_new_tokens, self._model.tokens.window):
+            self._fail(row, "context_length_exceeded", reason)
             return False
         incremental = row.on_text is not None
-        row.assembler = TextAssembler(self._model.decode, request.stop, incremental=incremental)
+        row.assembler = TextAssembler(self._model.tokens.decode, request.stop, incremental=incremental)
         return True
 
     def _admit(self) -> None:
@@ -384,7 +382,7 @@ class TransformersEngine:
         if row.cancelled:
             self._end(row, "error", "cancelled", "the request was cancelled")
             return False
-        if token in self._model.end_tokens:
+        if token in self._model.tokens.end_tokens:
             self._end(row, "stop")
             return False
         row.next_token = token
