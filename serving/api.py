@@ -22,11 +22,12 @@ from starlette.exceptions import HTTPException
 
 from serving.admission import Limits
 from serving.api_errors import ApiError
-from serving.event_stream import KEEP_ALIVE_S, json_bytes
+from serving.event_stream import KEEP_ALIVE_S
 from serving.handlers import Handlers
 from serving.interfaces import ANYBODY, Caller, FeedbackDoor, KeyRing, Observer, PartUnavailableError, Quotas
 from serving.openapi import openapi_schema
-from serving.request_scope import ResponseHeaders
+from serving.request_scope import RequestScope
+from serving.responses import error_response, json_response
 from serving.telemetry import SilentObserver
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def make_api(parts: ApiParts) -> FastAPI:
         api.add_api_route(path, read, methods=["GET", "HEAD"], response_model=None)
 
     async def schema(request: Request) -> Response:
-        return Response(json_bytes(openapi_schema()), media_type="application/json")
+        return json_response(openapi_schema())
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError), "registered for ApiError only"
@@ -112,15 +113,8 @@ def make_api(parts: ApiParts) -> FastAPI:
     api.add_api_route("/openapi.json", schema, methods=["GET"], response_model=None)
     api.exception_handler(ApiError)(refused)
     api.exception_handler(HTTPException)(no_such_route)
-    api.add_middleware(ResponseHeaders)
+    api.add_middleware(RequestScope)
     return api
-
-
-def error_response(error: ApiError) -> Response:
-    """An error as a response."""
-    return Response(
-        json_bytes(error.body()), status_code=error.status, headers=error.headers(), media_type="application/json"
-    )
 
 
 async def no_such_route(request: Request, error: Exception) -> Response:

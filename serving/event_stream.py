@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.api_errors import ApiError
+from serving.responses import json_bytes
 
 KEEP_ALIVE_S = 15.0
 _COMMENT = b": keep-alive\n\n"
@@ -56,11 +56,6 @@ async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def json_bytes(content: Any) -> bytes:
-    """JSON in UTF-8; a lone surrogate, which UTF-8 cannot say, becomes `?`."""
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class EventSource:

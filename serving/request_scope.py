@@ -1,6 +1,7 @@
 """What belongs to one HTTP request: its id, the release that answers it, and the headers that say so on every response.
 
-In: ASGI messages. Out: the same with `x-request-id` and `x-rayft-release`. A caller's own `x-request-id` is sent back
+In: ASGI messages. Out: the same with `x-request-id` and `x-rayft-release`; an error that nobody expected leaves as a
+plain 500 and is logged without its message, which may hold the user's text. A caller's own `x-request-id` is sent back
 where it is short and plain, so that it can stand in logs; the id of an answer, which feedback names, is always ours.
 Not covered: the routes (serving/api.py).
 """
@@ -14,12 +15,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api_errors import api_error
+from serving.responses import error_response
+
 REQUEST_ID = "x-request-id"
 RELEASE = "x-rayft-release"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ResponseHeaders:
+class RequestScope:
     """ASGI middleware; puts `request_id` into the request's state, and reads `release` from there."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -31,19 +35,29 @@ class ResponseHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
+        # A dict of its own: the server shares one between requests.
+        state = scope["state"] = dict(scope.get("state", {}))
         given = Headers(scope=scope).get(REQUEST_ID, "")
         state["request_id"] = given if _PLAIN_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        started = False
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = state["request_id"]
                 if release := state.get("release"):
                     headers[RELEASE] = release
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # noqa: BLE001 - logged by its type and place
+            known = api_error(error, state["request_id"], ())
+            if started:
+                raise RuntimeError("the response broke off") from None
+            await error_response(known)(scope, receive, send_with_headers)
 
 
 def request_id(request: Request) -> str:
