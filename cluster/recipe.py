@@ -47,14 +47,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str], schema: type[R]) -> 
     Raises:
         UserError: one line naming the file or the override, the key, what was found and what was expected.
     """
-    values = read_recipe(path, overrides)
+    return load_values(read_recipe(path, overrides), overrides, schema, str(path))
+
+
+def load_values(values: dict[str, Any], overrides: Sequence[str], schema: type[R], origin: str) -> R:
+    """The recipe that `values` are, validated; `overrides` are in them already, and tell errors in the user's words.
+
+    Raises:
+        UserError: as `load_recipe`; `origin` is named where no override is to blame.
+    """
     texts = {key: text for key, _, text in map(parse_override, overrides)}
     try:
         recipe = _validate(values, texts, schema)
     except pydantic.ValidationError as error:
-        raise UserError(_explain(error, str(path), texts, schema)) from None
+        raise UserError(_explain(error, origin, texts, schema)) from None
     for key, value in _booleans_taken_for_numbers(values, recipe):
-        raise UserError(f"{_origin(key, str(path), texts)}: `{key}`: expected a number, found {value}")
+        raise UserError(f"{_origin(key, origin, texts)}: `{key}`: expected a number, found {value}")
     return recipe
 
 
@@ -75,11 +83,16 @@ def find_recipe(path: str | Path) -> Path:
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The raw mapping in a recipe file, with what it `extends` and `overrides` merged in; not yet validated."""
-    values = _read_chain(find_recipe(path), str(path), ())
+    return with_overrides(_read_chain(find_recipe(path), str(path), ()), overrides)
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with overrides merged in."""
+    merged = dict(values)
     for override in overrides:
         key, value, _ = parse_override(override)
-        _assign(values, key, value)
-    return values
+        _assign(merged, key, value)
+    return merged
 
 
 def _read_chain(file: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The serving room's command: `rayft serve`.
+"""The serving room's commands: `rayft serve` and `rayft serve-config`.
 
 In: a loader of recipes. Out: a Typer app to mount at the top level. Only Typer is imported here, so that `--help`
 answers at once.
@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.cli import RecipeArgument, SetOption
+from cluster.errors import UserError
 from serving.config import ServingRecipe
 
 Load = Callable[[str, list[str]], ServingRecipe]
 ReleaseOption = Annotated[str, typer.Option("--release", help="Version of the release; none takes the promoted one.")]
 
 
-def serving_app(load: Load) -> typer.Typer:
-    """The command; mount with `app.add_typer(serving_app(load))`, without a name."""
+def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
+    """The commands; mount with `app.add_typer(serving_app(load))`, without a name. `path_keys` are recipe keys that may
+    hold a local path although their name does not say so."""
     app = typer.Typer(no_args_is_help=True)
 
     @app.command()
     def serve(recipe: RecipeArgument, overrides: SetOption = None, release: ReleaseOption = "") -> None:
-        """Serve a release on the OpenAI chat-completions API until Ctrl-C."""
+        """Serve a release on OpenAI's API until Ctrl-C; without --release, whatever is promoted meanwhile as well."""
         from cluster.releases import open_release
         from cluster.store import Store
         from serving.service import running_service
@@ -38,12 +41,35 @@ def serving_app(load: Load) -> typer.Typer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: _interrupt(stop))
         try:
-            with running_service(config, store, opened) as base_url:
+            with running_service(config, store, opened, follow=not release) as base_url:
                 stay_up(base_url, str(opened.ref), stop)
         except KeyboardInterrupt:
             if not stop.is_set():
                 raise
         _say("serve: stopped")
+
+    @app.command("serve-config")
+    def write_config(
+        recipe: RecipeArgument,
+        out: Annotated[str, typer.Option("--out", help="File to write; none prints it.")] = "",
+        working_dir: Annotated[
+            str, typer.Option("--working-dir", help="`s3://` or `https://` zip of rayft, where the image lacks it.")
+        ] = "",
+        overrides: SetOption = None,
+        release: ReleaseOption = "",
+    ) -> None:
+        """Write the Serve config with which `serve deploy` serves a recipe on a cluster."""
+        from serving.serve_app import config_text, serve_config
+
+        text = config_text(serve_config(load(recipe, overrides or []), release, working_dir, path_keys), recipe)
+        if not out:
+            typer.echo(text, nl=False)
+            return
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
+        _say(f"serve-config: wrote {out}; deploy it with `serve deploy {out}`")
 
     return app
 

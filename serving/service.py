@@ -20,26 +20,33 @@ from cluster.releases import Release
 from cluster.session import ray_session
 from cluster.store import Store
 from serving.config import ServeConfig, ServingRecipe
+from serving.serve_app import APP_NAME
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
-APP_NAME = "rayft"
 POLL_S = 0.25
 SHUTDOWN_S = 30.0
+ANSWER_S = 10.0
+"""Longest wait for a replica to say how many requests it has."""
 
 
 @contextlib.contextmanager
-def running_service(recipe: ServingRecipe, store: Store, release: Release) -> Iterator[str]:
-    """Serves a release inside the block; yields the API's base URL once every deployment answers.
+def running_service(recipe: ServingRecipe, store: Store, release: Release, *, follow: bool = False) -> Iterator[str]:
+    """Serves a release inside the block, with `follow` also those that are promoted meanwhile; yields the API's base
+    URL once every deployment answers.
 
     Raises:
         UserError: The port is taken, the machine is too small, or a deployment cannot load what it serves.
     """
     with ray_session(recipe.ray):
         from serving.graph import build_app
+        from serving.keys import access_warnings, open_keys
 
-        with running_app(build_app(recipe, store, release), recipe.serve) as base_url:
+        app = build_app(recipe, store, release, follow=follow)
+        for line in access_warnings(recipe.serve, open_keys(recipe.serve)):
+            say(line)
+        with running_app(app, recipe.serve) as base_url:
             yield base_url
 
 
@@ -51,8 +58,6 @@ def running_app(app: Application, config: ServeConfig) -> Iterator[str]:
     _refuse_other_service()
     check_port(config)
     _check_resources(config)
-    if config.host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"serve: listening on {config.host}, where other machines can reach it; there is no API key yet")
     _quieten()
     try:
         serve.start(
@@ -62,7 +67,10 @@ def running_app(app: Application, config: ServeConfig) -> Iterator[str]:
         )
         serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running()
-        yield base_url(config)
+        try:
+            yield base_url(config)
+        finally:
+            _drain(config.drain_s)
     finally:
         _shut_down()
 
@@ -101,14 +109,12 @@ def _refuse_other_service() -> None:
 def _check_resources(config: ServeConfig) -> None:
     import ray
 
-    from serving.graph import INGRESS_CPUS
+    from serving.graph import SIDE_CPUS
 
+    deployments = (config.ingress, config.generator, config.retriever)
     needed = {
-        "CPU": INGRESS_CPUS
-        + config.generator.min_replicas * config.generator.cpus
-        + config.retriever.min_replicas * config.retriever.cpus,
-        "GPU": config.generator.min_replicas * config.generator.gpus
-        + config.retriever.min_replicas * config.retriever.gpus,
+        "CPU": 2 * SIDE_CPUS + sum(one.min_replicas * one.cpus for one in deployments),
+        "GPU": sum(one.min_replicas * one.gpus for one in deployments),
     }
     has = ray.cluster_resources()
     for kind, amount in needed.items():
@@ -145,6 +151,27 @@ def _start_error(message: str) -> Exception:
     if found:
         return UserError(found[-1].strip())
     return RuntimeError(f"serve: a deployment did not start: {message[-2000:]}")
+
+
+def _drain(drain_s: float) -> None:
+    """Has every ingress replica refuse new requests, and waits until those under way have ended or their time is up."""
+    from ray import serve
+
+    def under_way(*, cut: bool = False) -> int:
+        return sum(ingress.broadcast("drain", cut).results(timeout_s=ANSWER_S))
+
+    try:
+        ingress = serve.get_app_handle(APP_NAME)
+        deadline, left = time.monotonic() + drain_s, under_way()
+        if left:
+            say(f"serve: {left} requests are under way and have {describe_seconds(drain_s)} to end")
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            left = under_way()
+        if left:
+            say(f"serve: {under_way(cut=True)} requests did not end in time and are cut off")
+    except Exception as error:  # noqa: BLE001 - a graph that is broken must still be taken down
+        say(f"serve: not drained ({type(error).__name__})")
 
 
 def _shut_down() -> None:
