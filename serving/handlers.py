@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api_errors import ApiError
-from serving.chat_shapes import (
-    EMBEDDING_MODEL,
-    MODEL_PREFIX,
-    ChatRequest,
-    chat_chunk,
-    chat_response,
-    details,
-    usable,
-    usage,
-)
-from serving.citation_shapes import answer_fields, message_fields, url_citations
-from serving.completions_shapes import CompletionRequest, completion_chunk, completion_response
+from serving.chat_shapes import EMBEDDING_MODEL, MODEL_PREFIX, ChatRequest, GenerationBody, chat_response, usable
+from serving.completions_shapes import CompletionRequest, completion_response
 from serving.event_stream import EventSource, EventStream
 from serving.interfaces import ANYBODY
 from serving.other_shapes import (
@@ -42,6 +32,7 @@ from serving.other_shapes import (
 )
 from serving.records import Answer
 from serving.responses import json_response
+from serving.stream_events import StreamEvents
 from serving.visits import Reception, Visit
 
 if TYPE_CHECKING:
@@ -62,51 +53,25 @@ class Handlers:
         """POST /v1/chat/completions."""
         visit, body = await self._reception.enter(request, ChatRequest)
         ask = body.ask(f"chatcmpl-{uuid.uuid4().hex}", visit.conversation.release.available, visit.caller)
-        visit.strategy = ask.strategy
-        shapes = self._parts.citation_shapes
-        with_usage = body.wants_usage()
-        if not body.stream:
-            answer = await self._answer(visit, ask)
-            return json_response(chat_response(answer, body.model, visit.created, visit.labels, ask.question, shapes))
-
-        def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-            found = chat_chunk(ask.request_id, body.model, visit.created, delta, finish_reason)
-            return {**found, "usage": None} if with_usage else found
-
-        def last(answer: Answer, written: str) -> list[dict[str, Any]]:
-            delta = {"annotations": url_citations(answer, written, visit.labels)}
-            end = chunk({**delta, **message_fields(answer, ask.question, shapes)}, answer.finish_reason)
-            return [{**end, **answer_fields(answer, shapes), "rayft": details(answer)}]
-
-        return await self._stream(
-            visit,
-            ask,
-            lambda text: chunk({"content": text}),
-            last,
-            with_usage,
-            chunk({"role": "assistant", "content": ""}),
+        events = self._events(visit, ask, body)
+        if body.stream:
+            return await self._stream(visit, ask, events)
+        answer = await self._answer(visit, ask)
+        return json_response(
+            chat_response(answer, body.model, visit.created, visit.labels, ask.question, self._parts.citation_shapes)
         )
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         visit, body = await self._reception.enter(request, CompletionRequest)
         ask = body.ask(f"cmpl-{uuid.uuid4().hex}", visit.conversation.release.available, visit.caller)
-        visit.strategy = ask.strategy
-        shapes = self._parts.citation_shapes
-        with_usage = body.wants_usage()
-        if not body.stream:
-            answer = await self._answer(visit, ask)
-            return json_response(completion_response(answer, body.model, visit.created, visit.labels, shapes))
-
-        def chunk(text: str, finish_reason: str | None = None) -> dict[str, Any]:
-            found = completion_chunk(ask.request_id, body.model, visit.created, text, finish_reason)
-            return {**found, "usage": None} if with_usage else found
-
-        def last(answer: Answer, written: str) -> list[dict[str, Any]]:
-            end = chunk("", answer.finish_reason)
-            return [{**end, **answer_fields(answer, shapes), "rayft": details(answer)}]
-
-        return await self._stream(visit, ask, chunk, last, with_usage)
+        events = self._events(visit, ask, body)
+        if body.stream:
+            return await self._stream(visit, ask, events)
+        answer = await self._answer(visit, ask)
+        return json_response(
+            completion_response(answer, body.model, visit.created, visit.labels, self._parts.citation_shapes)
+        )
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings."""
@@ -184,6 +149,19 @@ class Handlers:
         embedding = [EMBEDDING_MODEL] if release.pins.index else []
         return [MODEL_PREFIX + name for name in usable(release.available, visit.caller)] + embedding
 
+    def _events(self, visit: Visit, ask: Ask, body: GenerationBody) -> StreamEvents:
+        visit.strategy = ask.strategy
+        return StreamEvents(
+            request_id=ask.request_id,
+            model=body.model,
+            created=visit.created,
+            question=ask.question,
+            labels=visit.labels,
+            shapes=self._parts.citation_shapes,
+            with_usage=body.wants_usage(),
+            chat=isinstance(body, ChatRequest),
+        )
+
     async def _answer(self, visit: Visit, ask: Ask) -> Answer:
         async def work() -> Answer:
             async with self._reception.under_way(visit):
@@ -193,34 +171,23 @@ class Handlers:
 
         return await self._reception.unless_gone(visit, work())
 
-    async def _stream(
-        self,
-        visit: Visit,
-        ask: Ask,
-        piece_event: Callable[[str], dict[str, Any]],
-        last_events: Callable[[Answer, str], list[dict[str, Any]]],
-        with_usage: bool,
-        *opening: dict[str, Any],
-    ) -> Response:
-        async def events() -> AsyncGenerator[dict[str, Any], None]:
-            written, opened = "", list(opening)
+    async def _stream(self, visit: Visit, ask: Ask, events: StreamEvents) -> Response:
+        async def run() -> AsyncGenerator[dict[str, Any], None]:
+            opening = events.opening()
             async with self._reception.under_way(visit), aclosing(visit.conversation.stream(ask)) as pieces:
                 async for piece in pieces:
-                    while opened:
-                        yield opened.pop(0)
+                    while opening:
+                        yield opening.pop()
                     if isinstance(piece, Answer):
                         self._reception.answered(visit, ask, piece)
-                        for event in last_events(piece, written):
+                        for event in events.ending(piece):
                             yield event
-                        if with_usage:
-                            yield {**piece_event(""), "choices": [], "usage": usage(piece)}
-                    else:
-                        if not written:
-                            self._parts.observer.first_token(strategy=visit.strategy, seconds=visit.seconds)
-                        written += piece
-                        yield piece_event(piece)
+                        continue
+                    if not events.written:
+                        self._parts.observer.first_token(strategy=visit.strategy, seconds=visit.seconds)
+                    yield events.piece(piece)
 
-        source = EventSource(events(), self._parts.keep_alive_s)
+        source = EventSource(run(), self._parts.keep_alive_s)
         try:
             await self._reception.unless_gone(visit, source.started())
         except BaseException:
