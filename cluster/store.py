@@ -52,6 +52,7 @@ _COMMANDS = {
     "samples": "rayft samples build",
     "adapter": "rayft train lora",
     "encoder": "rayft train retriever",
+    "router": "rayft train router",
     "predictions": "rayft evaluate",
     "report": "rayft evaluate",
     "release": "rayft release",

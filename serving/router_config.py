@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config import Section
+from training.router_config import IntentTraining
 
 StrategyName = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid", "auto"]
 RoutedStrategy = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_rag", "raft", "hybrid"]
@@ -108,30 +109,25 @@ class LearningConfig(Section):
     """Posterior draws with which the probability of each choice is estimated and logged."""
 
 
-class RouterConfig(Section):
+class RouterConfig(IntentTraining):
     """Rules of `auto`, first match wins; nothing matching takes `default`."""
 
     intents: dict[str, tuple[str, ...]] = DEFAULT_INTENTS
-    """Intent name to keywords that reveal it: whole words, or any place in scripts without spaces."""
+    """Intent name to keywords that reveal it: whole words, or any place in scripts without spaces. A trained
+    classifier (`examples`) takes their place."""
     rules: tuple[PolicyRule, ...] = DEFAULT_RULES
     """Policy rules in order."""
     default: RoutedStrategy = "hybrid"
     """Strategy for an unknown intent."""
-    examples: str = ""
-    """Labelled utterances for `rayft train router`: JSON Lines, CSV or Parquet with the columns `text` and `intent`."""
-    out_of_scope: str = "oos"
-    """Intent of the utterances among the examples that belong to none."""
-    features: Literal["auto", "embedding", "ngrams"] = "auto"
-    """What the classifier reads: the query embedding, or character n-grams (`auto`: where the encoder does not know
-    the language)."""
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Calibrated confidence below which an intent counts as unknown; none takes the one that training chose."""
     learning: LearningConfig = LearningConfig()
 
     @model_validator(mode="after")
     def _intents_are_known(self) -> Self:
-        stated = self.rules if self.rules != DEFAULT_RULES else ()
-        for rule in stated:
+        if self.examples:
+            return self  # what the classifier knows, the router checks
+        for rule in self.rules if self.rules != DEFAULT_RULES else ():
             if rule.intent and rule.intent not in self.intents:
                 raise ValueError(
                     f"rules name the intent {rule.intent!r}; intents has {', '.join(self.intents) or 'none'}"

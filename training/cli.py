@@ -1,4 +1,4 @@
-"""`rayft train lora|retriever|merge`.
+"""`rayft train lora|retriever|router|merge`.
 
 In: a function that loads a recipe. Out: Typer sub-apps. Heavy imports stand inside the commands, so that `--help`
 answers at once.
@@ -83,6 +83,15 @@ def train_app(load: Load) -> typer.Typer:
         if loaded.encoder.tuned == "never":
             say("retriever: encoder.tuned is never: the index keeps the encoder as configured")
         build_index(loaded, store)
+
+    @app.command()
+    def router(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+        """Fit the intent classifier that `auto` routes by to labelled utterances (`router.examples`)."""
+        from cluster.store import Store
+        from training.router import train_router
+
+        loaded = load(recipe, overrides or [])
+        train_router(loaded, Store(loaded.store.uri))
 
     @app.command()
     def merge(

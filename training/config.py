@@ -1,4 +1,5 @@
-"""Recipe sections of the training room: questions, prompt, samples, model, LoRA, retriever.
+"""Recipe sections of the training room: questions, prompt, samples, model, LoRA, retriever (the router's is
+in training/router_config.py).
 
 Imports no torch, ray or faiss.
 """
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import Section
 from retrieval.config import QuestionColumns, RetrievalRecipe
+from training.router_config import IntentTraining
 from training.teacher_config import TeacherConfig
 
 QUESTION_FILES = ("path", "test_path", "train_path")
@@ -243,3 +245,4 @@ class TrainingRecipe(RetrievalRecipe):
     lora: LoraSection = LoraSection()
     train: TrainConfig = TrainConfig()
     retriever: RetrieverTraining = RetrieverTraining()
+    router: IntentTraining = IntentTraining()
