@@ -61,7 +61,8 @@ def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
         """Write the Serve config with which `serve deploy` serves a recipe on a cluster."""
         from serving.serve_app import config_text, serve_config
 
-        text = config_text(serve_config(load(recipe, overrides or []), release, working_dir, path_keys), recipe)
+        config = serve_config(load(recipe, overrides or []), release, working_dir, path_keys)
+        text = config_text(config, recipe)
         if not out:
             typer.echo(text, nl=False)
             return

@@ -7,8 +7,10 @@ deployments open for themselves. Imports no ray, torch or faiss.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import ArtifactError
@@ -76,14 +78,24 @@ class StoreParts:
             return None
         from serving.intents import open_classifier
 
-        return open_classifier(Store(self.recipe.store.uri).open_ref(ArtifactRef.parse(pins.router)))
+        store = Store(self.recipe.store.uri)
+        index = store.open_ref(ArtifactRef.parse(pins.index)) if pins.index else None
+        router = store.open_ref(ArtifactRef.parse(pins.router))
+        return open_classifier(router, index, threshold=self.recipe.router.threshold)
 
     def tokens(self, pins: Pins) -> CountsTokens:
         """The base model's tokenizer; it is the generator that holds the base to its pinned digest."""
-        from serving.prompt_tokens import PromptTokens
         from training.base_model import base_model_directory
 
-        return PromptTokens.open(base_model_directory(self.recipe.model))
+        return _prompt_tokens(base_model_directory(self.recipe.model))
+
+
+@functools.lru_cache(maxsize=1)
+def _prompt_tokens(base: Path) -> CountsTokens:
+    """Kept: releases of one recipe share it, and opening takes a second."""
+    from serving.prompt_tokens import PromptTokens
+
+    return PromptTokens(base)
 
 
 def _public_chunks(index: Artifact) -> int:
