@@ -379,7 +379,7 @@ class Conversation:
             key_id=ask.caller.key_id,
             user=ask.user,
             abstained=answer.abstained,
-            quotes=answer.quotes,
+            quotes=tuple(dict.fromkeys(citation.quote for citation in verified(answer))),
             doc_ids=tuple(dict.fromkeys(citation.doc_id for citation in verified(answer))),
             total_ms=answer.timings_ms.total,
         )

@@ -228,9 +228,7 @@ def export_feedback(recipe: ServingRecipe, out: Path, tenant: str | None = None)
     write_export(out, exported.questions)
     say(f"feedback: wrote {len(exported.questions)} questions to {out}")
     if exported.repeats:
-        say(
-            f"feedback: {exported.repeats} nearly repeat a question of the recipe (metadata.near_duplicate): not trained"
-        )
+        say(f"feedback: {exported.repeats} nearly repeat a question of the recipe, and will not be trained twice")
     if exported.without_golden:
         say(
             f"feedback: {exported.without_golden} name no document that holds the answer, and train no RAFT row: name "

@@ -87,8 +87,9 @@ class Interaction(Record):
     user: str = ""
     abstained: bool = False
     quotes: tuple[str, ...] = ()
+    """Verified ones alone."""
     doc_ids: tuple[str, ...] = ()
-    """Documents that the verified quotes stand in."""
+    """Documents that the quotes stand in."""
     total_ms: float = 0.0
 
 
