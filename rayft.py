@@ -28,6 +28,7 @@ from cluster.progress import complain, describe_seconds, say
 from cluster.recipe import load_recipe
 from evaluation import cli as evaluation_cli
 from evaluation.config import EvaluationRecipe
+from evaluation.improve_cli import improve_command
 from retrieval.cli import index_app
 from serving.cli import serving_app
 from serving.feedback_cli import feedback_app
@@ -152,6 +153,7 @@ app.add_typer(train_app(load), name="train")
 evaluation_cli.register(app, load)
 app.add_typer(serving_app(load, PATH_KEYS))
 feedback = feedback_app(load)
+feedback.command("improve")(improve_command(load))
 app.add_typer(feedback, name="feedback")
 app.add_typer(keys_app(), name="keys")
 app.add_typer(cluster_app(load, PATH_KEYS))
