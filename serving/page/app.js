@@ -42,10 +42,10 @@ function messagesFor(strategy, question) {
 
 async function submit() {
   const question = byId("question").value.trim();
-  const asked = chosenModels();
   if (!question || running().length) return;
   if (!offered.length) await load();
-  if (!asked.length) return say(t(comparing() ? "choose_one" : "no_models"));
+  const asked = chosenModels();
+  if (!asked.length) return say(offered.length ? t("choose_one") : t("no_models"));
   const cards = asked.map((model) => new AnswerCard(model, messagesFor(model.name, question), page));
   turns.push({ question, cards: new Map(cards.map((card) => [card.model.name, card])) });
   byId("welcome").hidden = true;
@@ -124,6 +124,7 @@ async function load() {
 }
 
 function limitChoices() {
+  say("");
   const boxes = [...byId("choices").querySelectorAll("input")];
   const full = boxes.filter((box) => box.checked).length >= MOST_COMPARED;
   for (const box of boxes) box.disabled = full && !box.checked;

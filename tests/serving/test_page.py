@@ -44,10 +44,11 @@ class PageGraph(FakeGraph):
 
 
 class Cutter:
-    """Passes the application on; drops the connection of a stream after `after` parts where that is set."""
+    """Passes the application on; where `after` is set, a stream goes no further than so many parts: the connection is
+    dropped, or (`politely`) the response ends as if it were whole, which is what some proxies make of a dead server."""
 
     def __init__(self, app):
-        self.app, self.after = app, None
+        self.app, self.after, self.politely = app, None, False
 
     async def __call__(self, scope, receive, send):
         left = self.after if scope["path"].endswith("/completions") else None
@@ -55,10 +56,13 @@ class Cutter:
         async def send_some(message):
             nonlocal left
             if left is not None and message["type"] == "http.response.body":
-                if left == 0:
+                if left == 0 and self.politely:
+                    message = {"type": "http.response.body", "body": b"", "more_body": False}
+                elif left == 0:
                     raise ConnectionResetError("cut by the test")
                 left -= 1
-            await send(message)
+            if left is None or left >= -1:
+                await send(message)
 
         await self.app(scope, receive, send_some)
 
@@ -321,6 +325,18 @@ def test_compare_puts_one_question_to_five_strategies_side_by_side(opened, servi
     assert len({round(box["x"]) for box in boxes}) == 1 and len({round(box["y"]) for box in boxes}) == 5
 
 
+def test_compare_without_a_strategy_says_so(opened):
+    page = opened()
+    page.get_by_text("Compare", exact=True).click()
+    for name in COMPARED:
+        page.locator("#choices").get_by_text(name, exact=True).click()
+    ask(page, model=None)
+    expect(page.get_by_text("Choose at least one strategy")).to_be_in_viewport()
+    page.locator("#choices").get_by_text("rag", exact=True).click()
+    page.press("#question", "Enter")
+    answered(page)
+
+
 def test_compare_shows_the_failure_of_one_beside_the_answers_of_others(opened, service):
     service.graph.texts.pop("finetuned")  # the fake then fails for it, and so for hybrid
     page = opened(width=1600)
@@ -382,8 +398,9 @@ def _soon(page, condition):
     return False
 
 
-def test_stream_without_done_is_called_incomplete(page, cutter, service):
-    cutter.after = 3
+@pytest.mark.parametrize("politely", [True, False])
+def test_stream_without_done_is_called_incomplete(page, cutter, service, politely):
+    cutter.after, cutter.politely = 3, politely
     service.graph.delay_s = 0.02
     ask(page, model="rayft-base")
     failed = page.locator(".answer.failed")
