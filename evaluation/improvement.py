@@ -224,9 +224,7 @@ def fair_questions(recipe: EvaluationRecipe, served: Artifact, candidate: Artifa
         and (question.split == NEW_QUESTIONS or documents.isdisjoint(question.documents))
     ]
     if lost := len(chosen) - len(fair):
-        say(
-            f"improve: {lost} of {len(chosen)} held-out questions are no test any more: the candidate was trained on them"
-        )
+        say(f"improve: {lost} of {len(chosen)} held-out questions test nothing: the candidate was trained on them")
     if len(fair) < LEAST_QUESTIONS:
         raise UserError(
             f"improve: {len(fair)} held-out questions are left to compare with, at least {LEAST_QUESTIONS} are needed: "

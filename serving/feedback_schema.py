@@ -121,21 +121,33 @@ def open_engine(url: sa.URL) -> sa.Engine:
     """
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
     try:
-        with writing(engine) as connection:
-            metadata.create_all(connection)
-            versions = connection.execute(sa.select(schema.c.version)).scalars().all()
-            if not versions:
-                connection.execute(schema.insert().values(version=SCHEMA_VERSION))
+        version = _version(engine)
     except BaseException:
         engine.dispose()
         raise
-    if versions and max(versions) > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         engine.dispose()
         raise UserError(
-            f"feedback.url: {shown(url)} was written by a newer rayft (schema {max(versions)}, this one knows "
+            f"feedback.url: {shown(url)} was written by a newer rayft (schema {version}, this one knows "
             f"{SCHEMA_VERSION}): update rayft, or name another database"
         )
     return engine
+
+
+def _version(engine: sa.Engine) -> int:
+    """The version of the tables, made first where there are none; a database that has them is only read."""
+    newest = sa.select(sa.func.max(schema.c.version))
+    with reading(engine) as connection:
+        if sa.inspect(connection).has_table(schema.name):
+            found: int | None = connection.execute(newest).scalar()
+            if found is not None:
+                return found
+    with writing(engine) as connection:
+        metadata.create_all(connection)
+        found = connection.execute(newest).scalar()  # another process may have been first
+        if found is None:
+            connection.execute(schema.insert().values(version=SCHEMA_VERSION))
+    return found or SCHEMA_VERSION
 
 
 def _sqlite(url: sa.URL) -> sa.Engine:
