@@ -53,7 +53,11 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers that belong to it."""
         found = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
-        return {**found, "WWW-Authenticate": "Bearer"} if self.status == 401 else found
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        if self.status == 504:  # OpenAI's clients would ask twice more, and treble the load of a slow server
+            found["x-should-retry"] = "false"
+        return found
 
 
 def invalid(param: str, reason: str, code: str = "invalid_value") -> ApiError:

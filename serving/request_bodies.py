@@ -21,7 +21,6 @@ from cluster.errors import UserError
 from retrieval.filters import Filter, parse_filter
 from serving.api_errors import ApiError, invalid, without_values
 
-MAX_REASON = 200
 _BAD_CHARACTERS = re.compile("[\\0\\ud800-\\udfff]")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,40}")
 
@@ -62,7 +61,7 @@ def read_body(raw: bytes, schema: type[Schema]) -> Schema:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise _first_problem(error) from None
+        raise _first_problem(error, content) from None
 
 
 def read_filter(value: Mapping[str, Any] | None, param: str = "filter") -> Filter | None:
@@ -135,8 +134,33 @@ def _unknown(name: str, schema: type[Body]) -> ApiError:
     return ApiError(400, f"{name}: this server does not know it{hint}", code="unknown_parameter", param=name)
 
 
-def _first_problem(error: ValidationError) -> ApiError:
-    first = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if _PLAIN_NAME.fullmatch(str(part)) or isinstance(part, int))
-    reason = "this server does not know it" if first["type"] == "extra_forbidden" else first["msg"]
-    return invalid(place or "the body", reason[:MAX_REASON])
+def _first_problem(error: ValidationError, content: Any) -> ApiError:
+    """The problem that lies deepest: where a field may be several things, that is the one that it nearly was."""
+    problems = error.errors(include_input=False, include_url=False)
+    places = [_place(content, problem["loc"], problem["type"] == "missing") for problem in problems]
+    deepest = max(places, key=len)
+    there = [problem for problem, place in zip(problems, places, strict=True) if place == deepest]
+    unknown = there[0]["type"] == "extra_forbidden"
+    reason = "this server does not know it" if unknown else _either([problem["msg"] for problem in there])
+    shown = [str(part) for part in deepest if isinstance(part, int) or _PLAIN_NAME.fullmatch(part)]
+    return invalid(".".join(shown) or "the body", reason)
+
+
+def _place(content: Any, location: tuple[int | str, ...], missing: bool) -> list[int | str]:
+    """Where in `content` a problem is; pydantic's own names for the choices of a union are passed over."""
+    place: list[int | str] = []
+    for step, part in enumerate(location):
+        if isinstance(content, dict) and (part in content or (missing and step == len(location) - 1)):
+            place.append(part)
+            content = content.get(part)
+        elif isinstance(content, list) and isinstance(part, int):
+            place.append(part)
+            content = content[part]
+    return place
+
+
+def _either(reasons: list[str]) -> str:
+    start = "Input should be "
+    if all(reason.startswith(start) for reason in reasons):
+        return start + " or ".join(dict.fromkeys(reason.removeprefix(start) for reason in reasons))
+    return reasons[0]

@@ -1,55 +1,24 @@
-import asyncio
-import json
 import logging
 import threading
 
-import openai
 import pytest
-from fastapi.testclient import TestClient
 
-from serving.api import Limits, make_api
-from serving.conversation import Conversation
-from serving.graph import Generator
-from serving.router import Router
-from serving.router_config import RouterConfig
-from tests.serving.fakes import FakeEngine, FakeRetriever, base_request, served_release, wait_until
+from retrieval.filters import parse_filter
+from serving.engine import Completion
+from serving.interfaces import Caller, FeedbackOffError, FeedbackUnavailableError, PartUnavailableError, Pins
+from tests.serving.fakes import served_release, wait_until
+from tests.serving.fakes_api import (
+    QUESTION,
+    SECRET,
+    USER,
+    FakeFeedback,
+    FakeGraph,
+    FakeKeys,
+    FakeQuotas,
+    Service,
+    error_of,
+)
 from training.format import WorkedExample
-
-QUESTION = "What is the capital of Greece?"
-USER = [{"role": "user", "content": QUESTION}]
-
-
-class Service:
-    """The API over a fake engine and retriever, and a client for it."""
-
-    def __init__(self, engine=None, *, timeout_s=5.0, in_flight=4, ready_error=None, **release):
-        self.engine = engine or FakeEngine()
-        self.retriever = FakeRetriever()
-        generator = Generator(lambda: self.engine)
-        served = served_release(**release)
-
-        async def search(query, k):
-            return self.retriever.search([query], k)[0]
-
-        async def ready():
-            if ready_error:
-                raise ready_error
-
-        router = Router(RouterConfig(), served.available)
-        conversation = Conversation(served, router, search, generator.generate, generator.stream)
-        self.api = make_api(conversation, Limits(in_flight, timeout_s, 20_000), ready, (ConnectionError,))
-        self.client = TestClient(self.api)
-
-    def post(self, model="rayft-raft", messages=USER, **body):
-        return self.client.post("/v1/chat/completions", json={"model": model, "messages": messages, **body})
-
-    def events(self, model="rayft-raft", **body):
-        response = self.post(model, stream=True, **body)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-        assert lines[-1] == "[DONE]"
-        return [json.loads(line) for line in lines[:-1]]
 
 
 @pytest.fixture
@@ -57,304 +26,441 @@ def service():
     return Service()
 
 
-def content_of(events):
-    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
-
-
 def test_chat_raft_answers_with_sources_and_details(service):
-    body = service.post().json()
+    response = service.post()
+    body = response.json()
     message = body["choices"][0]["message"]
     assert message["content"].startswith("Athens [1]\n\nSources:\n[1] Greece: “Athens is the capital.”")
     [annotation] = message["annotations"]
     citation = annotation["url_citation"]
     assert message["content"][citation["start_index"] : citation["end_index"]] == "[1]"
     assert (citation["url"], citation["title"]) == ("https://x.org/gr", "Greece")
+    assert "context" not in message and "search_results" not in body
     details = body["rayft"]
-    assert details["strategy"] == "raft" and details["release"] == "release/test/0123456789abcdef"
-    assert details["citations"][0]["verified"] and details["quotes"] == ["Athens is the capital."]
+    assert details["request_id"] == body["id"] and details["strategy"] == "raft"
+    assert set(details["route"]) == {"strategy", "intent", "confidence", "reason", "propensity", "experiment"}
+    [quoted] = details["citations"]
+    assert (quoted["number"], quoted["verified"], quoted["passage"]) == (1, True, 1)
+    assert (quoted["title"], quoted["start"], quoted["end"]) == ("Greece", 109, 131)
     assert [hit["doc_id"] for hit in details["hits"]] == ["greece", "spain"]
     assert set(details["timings_ms"]) == {"retrieval", "queue", "generation", "total"}
+    assert details["standalone"] == "" and details["passages_left_out"] == 0
     assert body["usage"] == {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
     assert body["choices"][0]["finish_reason"] == "stop"
+    assert response.headers["x-rayft-release"] == details["release"] == "release/test/0123456789abcdef"
 
 
-def test_chat_unverified_quote_is_no_source():
-    made_up = Service(FakeEngine({"raft": "##begin_quote##Lisbon!##end_quote##<ANSWER>: Lisbon"}))
+def test_chat_unverified_quote_is_marked_and_no_source():
+    made_up = Service(FakeGraph({"raft": "##begin_quote##Lisbon!##end_quote##<ANSWER>: Lisbon"}))
     body = made_up.post().json()
     assert body["choices"][0]["message"]["content"] == "Lisbon (quote not found in the documents)"
     assert body["choices"][0]["message"]["annotations"] == []
-    assert not body["rayft"]["citations"][0]["verified"]
+    [quoted] = body["rayft"]["citations"]
+    assert (quoted["number"], quoted["verified"]) == (None, False)
 
 
-def test_chat_auto_names_its_route_and_takes_metadata(service):
+def test_chat_auto_names_its_route(service):
     route = service.post("rayft-auto").json()["rayft"]["route"]
     assert (route["strategy"], route["intent"]) == ("rag", "fact_lookup") and route["reason"]
-    route = service.post("auto", metadata={"context_length": "3000"}).json()["rayft"]["route"]
-    assert route["strategy"] == "raft"
 
 
-def test_chat_hybrid_asks_both_adapters_and_says_which_it_took():
-    service = Service(FakeEngine({"raft": "<ANSWER>: Lisbon"}))
+def test_chat_hybrid_asks_both_adapters():
+    service = Service(FakeGraph({"raft": "<ANSWER>: Lisbon"}))
     body = service.post("hybrid").json()
-    assert {request.adapter for request in service.engine.requests} == {"raft", "finetuned"}
+    assert {request.adapter.split("/")[1] for request in service.graph.requests} == {"raft", "finetuned"}
     assert body["choices"][0]["message"]["content"] == "Patras (not from the documents)"
     assert body["rayft"]["strategy"] == "hybrid"
-    assert content_of(service.events("hybrid")) == "Patras (not from the documents)"
 
 
 def test_chat_fewshot_shows_the_examples():
-    service = Service(examples=[WorkedExample("How old?", (), "<ANSWER>: 7")])
+    service = Service(release=served_release(examples=[WorkedExample("How old?", (), "<ANSWER>: 7")]))
     assert service.post("rayft-rag_fewshot").status_code == 200
-    assert [message["role"] for message in service.engine.requests[0].messages].count("assistant") == 1
+    assert [message["role"] for message in service.graph.requests[0].messages].count("assistant") == 1
 
 
 def test_chat_settings_reach_the_engine(service):
     service.post(temperature=0.5, top_p=0.9, seed=3, stop=["\n", "Q:"], max_tokens=5)
-    request = service.engine.requests[0]
+    request = service.graph.requests[0]
     assert (request.temperature, request.top_p, request.seed, request.stop) == (0.5, 0.9, 3, ("\n", "Q:"))
     assert request.max_new_tokens == 5
     service.post(max_tokens=5, max_completion_tokens=6, stop="x", temperature=1)
-    assert (service.engine.requests[1].max_new_tokens, service.engine.requests[1].stop) == (6, ("x",))
-    service.post()
-    defaults = service.engine.requests[2]
+    assert (service.graph.requests[1].max_new_tokens, service.graph.requests[1].stop) == (6, ("x",))
+    service.post(temperature=None, stop=None, seed=None, stream=None, user=None)
+    defaults = service.graph.requests[2]
     assert (defaults.temperature, defaults.seed, defaults.max_new_tokens, defaults.stop) == (0.0, 17, 96, ())
 
 
 def test_chat_last_user_message_is_the_question(service):
     messages = [
-        {"role": "system", "content": "Be rude."},
         {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
+        {"role": "assistant", "content": "Hi", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": [{"type": "text", "text": "Capital of"}, {"type": "text", "text": "Greece?"}]},
     ]
     assert service.post(messages=messages).status_code == 200
-    assert service.retriever.batches == [["Capital of\nGreece?"]]
-    prompt = json.dumps(service.engine.requests[0].messages)
-    assert "rude" not in prompt and "Hello" not in prompt
+    assert "Capital of\nGreece?" in service.graph.searches[0].text
+    assert service.post(messages=[*messages, {"role": "system", "content": "Be brief."}]).status_code == 200
+    assert "Greece" in service.graph.searches[1].text
 
 
-def test_stream_joins_to_the_same_content_and_ends_with_details(service):
-    events = service.events()
-    whole = service.post().json()
-    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert content_of(events) == whole["choices"][0]["message"]["content"]
-    assert len([event for event in events if event["choices"][0]["delta"].get("content")]) > 3
-    last = events[-1]
-    assert last["choices"][0]["finish_reason"] == "stop"
-    assert last["rayft"]["citations"] == whole["rayft"]["citations"]
-    assert last["choices"][0]["delta"]["annotations"] == whole["choices"][0]["message"]["annotations"]
-    assert {event["object"] for event in events} == {"chat.completion.chunk"}
-    assert len({event["id"] for event in events}) == 1
+def test_chat_filter_and_the_keys_own_are_both_applied():
+    caller = Caller("acme", "k1", frozenset({"staff"}), parse_filter({"doc_id": {"in": ["greece", "italy"]}}))
+    service = Service(keys=FakeKeys({"key": caller}))
+    body = {"model": "raft", "messages": USER, "rayft": {"filter": {"doc_id": {"ne": "greece"}}}}
+    found = service.send("/v1/chat/completions", body, authorization="Bearer key").json()
+    assert found["rayft"]["hits"] == []
+    assert service.graph.searches[0].groups == {"staff"}
 
 
-def test_stream_usage_comes_when_asked(service):
-    assert not any("usage" in event for event in service.events())
-    events = service.events(stream_options={"include_usage": True})
-    assert events[-1]["choices"] == [] and events[-1]["usage"]["total_tokens"] == 18
+def test_chat_strategy_that_the_key_does_not_open_is_403():
+    service = Service(keys=FakeKeys({"key": Caller(strategies=("rag",))}))
+    headers = {"authorization": "Bearer key"}
+    response = service.send("/v1/chat/completions", {"model": "raft", "messages": USER}, **headers)
+    error = error_of(response, 403)
+    assert error["code"] == "model_not_allowed" and error["message"].endswith("rayft-rag, rayft-auto")
+    models = service.client.get("/v1/models", headers=headers).json()["data"]
+    assert [model["id"] for model in models] == ["rayft-rag", "rayft-auto", "rayft-embedding"]
 
 
-def test_stream_that_cannot_be_served_has_its_status():
-    service = Service(FakeEngine(error_code="context_length_exceeded"))
-    assert error_of(service.post(stream=True), 400)["code"] == "context_length_exceeded"
+def test_key_that_is_unknown_is_401_everywhere_but_at_health():
+    service = Service(keys=FakeKeys({}))
+    response = service.post()
+    assert error_of(response, 401)["type"] == "authentication_error" and response.headers["www-authenticate"]
+    for path, body in [
+        ("/v1/completions", {"model": "raft", "prompt": "x"}),
+        ("/v1/embeddings", {"model": "rayft-embedding", "input": "x"}),
+        ("/v1/search", {"query": "x"}),
+        ("/v1/feedback", {"request_id": "x", "rating": "up"}),
+    ]:
+        error_of(service.send(path, body), 401)
+    error_of(service.client.get("/v1/models"), 401)
+    error_of(service.client.get("/v1/models/rayft-raft"), 401)
+    assert service.client.get("/healthz").status_code == service.client.get("/readyz").status_code == 200
+    assert not service.graph.requests and not service.graph.searches and not service.graph.embedded
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({"model": "gpt-5"}, 404, "model"),
-        ({"model": 5}, 400, "model"),
-        ({"model": None}, 400, "model"),
-        ({"messages": []}, 400, "messages"),
-        ({"messages": "hello"}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": "  "}]}, 400, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),
-        ({"temperature": "hot"}, 400, "temperature"),
-        ({"temperature": -1}, 400, "temperature"),
-        ({"temperature": True}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": 1.5}, 400, "max_tokens"),
-        ({"stop": ["a"] * 5}, 400, "stop"),
-        ({"stop": [""]}, 400, "stop"),
-        ({"seed": 2**70}, 400, "seed"),
-        ({"stream": "yes"}, 400, "stream"),
-        ({"metadata": {"a": []}}, 400, None),
-        ({"n": 2}, 400, "n"),
-        ({"tools": [{}]}, 400, "tools"),
-        ({"logprobs": True}, 400, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-    ],
-)
-def test_chat_bad_request_names_the_field(service, body, status, param):
-    error = error_of(service.post(**{"model": "raft", "messages": USER, **body}), status)
-    assert param is None or error["param"] == param
-    assert not service.engine.requests
-
-
-@pytest.mark.parametrize("raw", [b"{", b"", b"[]", b"\xff\xfe", b'"x"', b"[" * 5000])
-def test_chat_malformed_json_is_400(service, raw):
-    assert error_of(service.client.post("/v1/chat/completions", content=raw), 400)["code"] == "invalid_json"
-
-
-def test_chat_harmless_defaults_are_accepted(service):
-    assert (
-        service.post(n=1, tools=[], presence_penalty=0, response_format={"type": "text"}, user="me").status_code == 200
-    )
+def test_quota_used_up_is_429_and_tokens_are_spent():
+    service = Service(quotas=FakeQuotas(requests=1))
+    assert service.post().status_code == 200
+    assert service.parts.quotas.spent == 18
+    response = service.post()
+    assert error_of(response, 429)["code"] == "quota_exceeded" and response.headers["retry-after"] == "30"
+    assert len(service.graph.requests) == 1
 
 
 def test_chat_strategy_that_the_release_lacks_names_what_it_has():
-    error = error_of(Service(adapters=()).post("rayft-raft"), 400)
+    error = error_of(Service(release=served_release(adapters=())).post("rayft-raft"), 400)
     assert error["code"] == "strategy_unavailable"
     assert error["message"].endswith("rayft-base, rayft-rag, rayft-auto")
 
 
 def test_chat_oversize_body_is_413(service):
-    long = [{"role": "user", "content": "x" * 30_000}]
-    assert error_of(service.post(messages=long), 413)["code"] == "body_too_long"
-    chunked = service.client.post("/v1/chat/completions", content=(b"x" * 1000 for _ in range(30)))
-    assert chunked.status_code == 413
+    error = error_of(service.post(messages=[{"role": "user", "content": "x" * 30_000}]), 413)
+    assert error["code"] == "body_too_long"
+    json_type = {"content-type": "application/json"}
+    chunked = service.client.post("/v1/chat/completions", content=(b"x" * 1000 for _ in range(30)), headers=json_type)
+    error_of(chunked, 413)
 
 
-def test_chat_prompt_over_the_window_is_400():
-    error = error_of(Service(FakeEngine(error_code="context_length_exceeded")).post(), 400)
+@pytest.mark.parametrize("declared", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_chat_body_not_declared_as_json_is_415(service, declared):
+    """Only such bodies can a web page send without asking first."""
+    headers = {"content-type": declared} if declared else {}
+    response = service.client.post("/v1/chat/completions", content=b'{"model": "raft"}', headers=headers)
+    assert error_of(response, 415)["code"] == "unsupported_content_type"
+
+
+def test_chat_prompt_over_the_window_is_400_and_not_generated():
+    service = Service(FakeGraph(error_code="context_length_exceeded"))
+    error = error_of(service.post(), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
 @pytest.mark.parametrize(("code", "status"), [("internal", 500), ("closed", 503)])
-def test_chat_engine_failure_has_its_status_and_no_details(code, status):
-    error = error_of(Service(FakeEngine(error_code=code)).post("rayft-hybrid"), status)
-    assert "Greece" not in error["message"]
+def test_chat_engine_failure_has_its_status(code, status):
+    error_of(Service(FakeGraph(error_code=code)).post("rayft-hybrid"), status)
 
 
 def test_chat_deadline_is_504_and_frees_the_slot():
-    service = Service(FakeEngine(delay_s=0.2), timeout_s=0.3)
+    service = Service(FakeGraph(delay_s=0.2), timeout_s=0.3)
     assert error_of(service.post(), 504)["code"] == "deadline_exceeded"
-    assert wait_until(lambda: service.engine.cancelled)
-    assert (
-        Service(FakeEngine(delay_s=0.2), timeout_s=0.3).post("base", stream=True).text.count("deadline_exceeded") == 1
-    )
+    assert service.graph.cancelled == 1 and service.observer.gauge == [1, 0]
+    assert service.observer.requests == [("raft", "deadline_exceeded")]
 
 
 def test_chat_more_than_the_limit_is_429_with_retry_after():
-    service = Service(FakeEngine(delay_s=0.02), in_flight=2)
+    service = Service(FakeGraph(delay_s=0.02), in_flight=2)
     busy = [threading.Thread(target=service.post) for _ in range(2)]
     for thread in busy:
         thread.start()
-    assert wait_until(lambda: len(service.engine.requests) == 2)
+    assert wait_until(lambda: len(service.graph.requests) == 2)
     response = service.post()
     assert error_of(response, 429)["type"] == "rate_limit_error"
     assert int(response.headers["retry-after"]) >= 1
-    assert error_of(service.post(stream=True), 429)
+    error_of(service.post(stream=True), 429)
     for thread in busy:
         thread.join()
     assert service.post().status_code == 200
+    assert service.observer.events == ["refused", "refused"] and max(service.observer.gauge) == 2
 
 
-def test_chat_unexpected_error_is_500_without_user_text(service, caplog):
-    def broken(queries, k):
-        raise RuntimeError(f"cannot search {queries}")
-
-    service.retriever.search = broken
-    error = error_of(service.post(), 500)
-    assert "Greece" not in error["message"] and "Greece" not in caplog.text
-    assert "RuntimeError" in caplog.text
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_unexpected_error_is_500_without_user_text(caplog, stream):
+    service = Service(FakeGraph(raises=RuntimeError(f"cannot search {SECRET}")))
+    error_of(service.post(messages=[{"role": "user", "content": SECRET}], stream=stream), 500)
+    assert SECRET not in caplog.text and "RuntimeError" in caplog.text and "fakes_api.py" in caplog.text
 
 
-def test_chat_success_is_logged_without_user_text(service, caplog):
-    with caplog.at_level(logging.INFO):
-        service.post()
-        service.events()
+def test_error_outside_of_any_request_is_500_without_its_text(caplog):
+    def broken():
+        raise RuntimeError(SECRET)
+
+    service = Service()
+    service.parts.__dict__["current"] = broken
+    response = service.client.get("/v1/models")
+    assert error_of(response, 500)["code"] == "internal_error" and response.headers["x-request-id"]
+    assert SECRET not in caplog.text and "RuntimeError" in caplog.text
+
+
+def test_chat_user_text_is_logged_only_when_asked_for(caplog):
+    text = [{"role": "user", "content": f"{SECRET}?"}]
+    with caplog.at_level(logging.INFO, logger="serving"):
+        service = Service()
+        service.post(messages=text)
+        service.events(messages=text)
+        service.post("nope", messages=text)
     assert caplog.text.count("strategy=raft") == 2
-    assert "Greece" not in caplog.text and "Athens" not in caplog.text
+    assert SECRET not in caplog.text and "Athens" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="serving"):
+        Service(log_content=True).post(messages=text)
+    assert SECRET in caplog.text and "Athens" in caplog.text
 
 
-def test_chat_part_that_is_gone_is_503(service):
-    def gone(queries, k):
-        raise ConnectionError
-
-    service.retriever.search = gone
-    response = service.post()
+def test_chat_part_that_is_gone_is_503():
+    response = Service(FakeGraph(raises=PartUnavailableError("gone"))).post()
     assert error_of(response, 503)["code"] == "not_ready"
     assert response.headers["retry-after"]
 
 
+def test_draining_server_takes_nothing_new():
+    service = Service(draining=lambda: True)
+    response = service.post()
+    assert error_of(response, 503)["code"] == "draining" and response.headers["retry-after"]
+    error_of(service.client.get("/readyz"), 503)
+    assert service.client.get("/healthz").status_code == 200
+
+
+def test_request_keeps_its_release_while_another_is_promoted():
+    service = Service(FakeGraph(delay_s=0.02))
+    newer = service.converse(served_release())
+    newer.release.pins.__dict__["release"] = "release/test/fedcba9876543210"
+    answers = []
+    running = threading.Thread(target=lambda: answers.append(service.post()))
+    running.start()
+    assert wait_until(lambda: service.graph.requests)
+    service.conversation = newer
+    running.join()
+    answers.append(service.post("rayft-base"))
+    assert [answer.headers["x-rayft-release"][-4:] for answer in answers] == ["cdef", "3210"]
+    assert [answer.json()["rayft"]["release"][-4:] for answer in answers] == ["cdef", "3210"]
+
+
+def test_outcomes_are_counted_by_strategy():
+    service = Service()
+    service.post()
+    service.post("nope")
+    service.post("auto", messages=[])
+    assert service.observer.requests == [("raft", "ok"), ("none", "model_not_found"), ("none", "invalid_value")]
+
+
+def test_request_id_of_the_caller_is_sent_back_where_it_is_plain(service):
+    body = {"model": "raft", "messages": USER}
+    plain = service.send("/v1/chat/completions", body, **{"x-request-id": "abc-1.2_3"})
+    assert plain.headers["x-request-id"] == "abc-1.2_3" and plain.json()["id"] != "abc-1.2_3"
+    for unsafe in ("a b", "x" * 65, "<script>", ""):
+        answer = service.send("/v1/chat/completions", body, **{"x-request-id": unsafe})
+        assert answer.headers["x-request-id"].startswith("req-")
+    assert service.post("nope").headers["x-request-id"] != service.post("nope").headers["x-request-id"]
+
+
+def test_completions_answer_a_prompt(service):
+    body = service.send("/v1/completions", {"model": "rayft-raft", "prompt": [QUESTION], "max_tokens": 9}).json()
+    assert body["object"] == "text_completion" and body["id"].startswith("cmpl-")
+    assert body["choices"][0]["text"].startswith("Athens [1]") and body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["total_tokens"] == 18 and body["rayft"]["citations"][0]["verified"]
+    assert service.graph.requests[0].max_new_tokens == 9 and service.graph.searches[0].text == QUESTION
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": ["a", "b"]},
+        {"prompt": [1, 2]},
+        {"prompt": [[1]]},
+        {"prompt": []},
+        {"prompt": " "},
+        {"echo": True},
+        {"logprobs": 2},
+        {"logprobs": 0},
+        {"suffix": "x"},
+        {"best_of": 2},
+        {"n": 3},
+        {"messages": USER},
+    ],
+)
+def test_completions_refuse_what_only_continuing_texts_needs(service, wrong):
+    response = service.send("/v1/completions", {"model": "raft", "prompt": "x", **wrong})
+    assert error_of(response, 400)["param"] == next(iter(wrong))
+
+
 def test_search_returns_hits_with_scores(service):
-    body = service.client.post("/v1/search", json={"query": "Greece", "k": 1}).json()
+    body = service.send("/v1/search", {"query": "Greece", "k": 1}).json()
     assert [(hit["rank"], hit["doc_id"]) for hit in body["data"]] == [(1, "greece")]
-    assert not service.engine.requests
+    assert not service.graph.requests
+    filtered = service.send("/v1/search", {"query": "Greece", "filter": {"doc_id": "spain"}}).json()
+    assert [hit["doc_id"] for hit in filtered["data"]] == ["spain"]
 
 
-@pytest.mark.parametrize("body", [{"query": "x", "k": 3}, {"query": ""}, {"query": "x", "k": "2"}, {}])
+def test_search_of_a_tenant_stays_inside_its_filter():
+    caller = Caller("acme", "k", frozenset({"staff"}), parse_filter({"doc_id": "spain"}))
+    service = Service(keys=FakeKeys({"key": caller}))
+    found = service.send("/v1/search", {"query": "x", "filter": {"doc_id": "greece"}}, authorization="Bearer key")
+    assert found.json()["data"] == []
+    found = service.send("/v1/search", {"query": "x"}, authorization="Bearer key")
+    assert [hit["doc_id"] for hit in found.json()["data"]] == ["spain"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"query": ""},
+        {"query": "  "},
+        {"query": "x", "k": "2"},
+        {"query": "x", "k": 0},
+        {"query": "x", "k": 101},
+        {},
+        {"query": "x", "filter": []},
+        {"query": "x", "filter": {"year": {"gt": SECRET, "gte": SECRET}}},
+        {"query": "x", "filter": {"year": {"in": SECRET}}},
+    ],
+)
 def test_search_bad_request_is_400(service, body):
-    error_of(service.client.post("/v1/search", json=body), 400)
+    error_of(service.send("/v1/search", body), 400)
+
+
+def test_release_without_an_index_searches_and_embeds_nothing():
+    closed = served_release()
+    closed.__dict__["pins"] = Pins(closed.name, adapters=closed.pins.adapters)
+    service = Service(release=closed)
+    assert error_of(service.send("/v1/search", {"query": "x"}), 400)["code"] == "no_index"
+    error_of(service.send("/v1/embeddings", {"model": "rayft-embedding", "input": "x"}), 404)
+    assert "rayft-embedding" not in service.client.get("/v1/models").text
+
+
+@pytest.mark.parametrize(
+    ("body", "satisfied"),
+    [
+        ({"rating": "up"}, 1.0),
+        ({"rating": "down", "comment": "no"}, 0.0),
+        ({"stars": 5}, 1.0),
+        ({"stars": 2}, 0.25),
+        ({"satisfied": 0.7}, 0.7),
+        ({"satisfied": 1}, 1.0),
+        ({"correction": "Sparta"}, 0.0),
+        ({"rating": "up", "correction": "Athens, of course"}, 1.0),
+    ],
+)
+def test_feedback_is_stored_with_what_it_says(service, body, satisfied):
+    request_id = service.post().json()["id"]
+    response = service.send("/v1/feedback", {"request_id": request_id, **body})
+    assert response.json() == {"object": "feedback", "request_id": request_id, "satisfied": satisfied}
+    [rating] = service.feedback.ratings
+    assert (rating.request_id, rating.satisfied) == (request_id, satisfied)
+    assert (rating.correction, rating.comment) == (body.get("correction", ""), body.get("comment", ""))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"rating": "sideways"},
+        {"rating": "up", "stars": 5},
+        {"stars": 0},
+        {"stars": 6},
+        {"stars": 2.5},
+        {"satisfied": 1.1},
+        {"satisfied": True},
+        {"correction": " "},
+        {"rating": 5},
+        {"rating": "up", "tenant": "other"},
+    ],
+)
+def test_feedback_that_says_nothing_clear_is_400(service, body):
+    error_of(service.send("/v1/feedback", {"request_id": "chatcmpl-1", **body}), 400)
+    assert not service.feedback.ratings
+
+
+def test_feedback_of_an_unknown_answer_or_another_keys_is_404():
+    service = Service(keys=FakeKeys({"a": Caller("t", "a"), "b": Caller("t", "b")}))
+    body = {"model": "raft", "messages": USER}
+    request_id = service.send("/v1/chat/completions", body, authorization="Bearer a").json()["id"]
+    rating = {"request_id": request_id, "rating": "up"}
+    assert error_of(service.send("/v1/feedback", rating, authorization="Bearer b"), 404)["code"] == "unknown_request"
+    error_of(service.send("/v1/feedback", {"request_id": "x", "rating": "up"}, authorization="Bearer a"), 404)
+    assert service.send("/v1/feedback", rating, authorization="Bearer a").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "feedback", [FakeFeedback(raises=FeedbackUnavailableError()), FakeFeedback(raises=FeedbackOffError())]
+)
+def test_feedback_that_cannot_be_stored_is_503_and_answers_go_on(feedback):
+    service = Service(feedback=feedback)
+    assert service.post().status_code == 200
+    error_of(service.send("/v1/feedback", {"request_id": "x", "rating": "up"}), 503)
 
 
 def test_models_lists_what_can_be_asked(service):
     ids = [model["id"] for model in service.client.get("/v1/models").json()["data"]]
-    assert ids == [f"rayft-{name}" for name in served_release().available]
-    assert service.client.get("/v1/models/rayft-raft").json()["id"] == "rayft-raft"
+    assert ids == [*(f"rayft-{name}" for name in served_release().available), "rayft-embedding"]
+    for name in ids:
+        assert service.client.get(f"/v1/models/{name}").json()["id"] == name
     error_of(service.client.get("/v1/models/nope"), 404)
 
 
-def test_health_and_readiness(service):
-    assert service.client.get("/healthz").status_code == 200
-    assert service.client.get("/readyz").json()["release"] == "release/test/0123456789abcdef"
-    assert error_of(Service(ready_error=ConnectionError()).client.get("/readyz"), 503)["code"] == "not_ready"
+def test_readiness_fails_with_a_part():
+    async def gone():
+        raise PartUnavailableError
+
+    assert Service().client.get("/readyz").json()["release"] == "release/test/0123456789abcdef"
+    assert error_of(Service(check_ready=gone).client.get("/readyz"), 503)["code"] == "not_ready"
 
 
-def test_unknown_url_has_the_error_shape(service):
-    error_of(service.client.get("/v2/chat"), 404)
-    error_of(service.client.get("/v1/chat/completions"), 405)
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/chat", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/rayft-raft", 405),
+    ],
+)
+def test_unknown_url_or_method_has_the_error_shape(service, method, path, status):
+    response = service.client.request(method, path, headers={"origin": "https://evil.example"})
+    error_of(response, status)
+    assert not any(name.startswith("access-control") for name in response.headers)
 
 
-@pytest.fixture
-def official(service):
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=service.client, max_retries=0)
+def test_head_is_answered_where_get_is(service):
+    assert service.client.head("/healthz").status_code == service.client.head("/v1/models").status_code == 200
+    assert service.client.head("/v1/chat/completions").status_code == 405
 
 
-def test_openai_client_works_unchanged(official):
-    completion = official.chat.completions.create(model="rayft-raft", messages=USER, temperature=0, max_tokens=50)
-    assert completion.choices[0].message.content.startswith("Athens [1]")
-    assert completion.choices[0].message.annotations[0].url_citation.title == "Greece"
-    assert completion.usage.total_tokens == 18
-    assert completion.rayft["strategy"] == "raft"
-    assert "rayft-auto" in [model.id for model in official.models.list()]
+def test_completion_that_was_cut_says_length(monkeypatch, service):
+    async def cut(request, pins):
+        return Completion(request.request_id, "Athens", "length", 3, 1)
 
-
-def test_openai_client_streams(official):
-    stream = official.chat.completions.create(
-        model="rayft-auto", messages=USER, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(stream)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == "Athens of old" and chunks[-1].usage.completion_tokens == 7
-
-
-def test_openai_client_raises_its_own_errors(official):
-    with pytest.raises(openai.NotFoundError):
-        official.chat.completions.create(model="gpt-5", messages=USER)
-    with pytest.raises(openai.BadRequestError, match="messages"):
-        official.chat.completions.create(model="rayft-raft", messages=[])
-
-
-def test_stream_reader_that_leaves_frees_the_slot():
-    engine = FakeEngine(delay_s=0.05)
-    generator = Generator(lambda: engine)
-
-    async def leave_early():
-        stream = generator.stream(base_request(QUESTION))
-        async for _ in stream:
-            break
-        await stream.aclose()
-
-    asyncio.run(leave_early())
-    assert wait_until(lambda: engine.cancelled)
+    service.graph.generate = cut
+    service.conversation = service.converse(service.served)
+    assert service.post("base").json()["choices"][0]["finish_reason"] == "length"
+    assert service.observer.requests == [("base", "cut")]
