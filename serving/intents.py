@@ -8,7 +8,7 @@ Imports no torch, ray or faiss.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -61,14 +61,15 @@ class KeywordIntents:
     def __init__(self, intents: Mapping[str, tuple[str, ...]]) -> None:
         """`intents` names the keywords that reveal each."""
         self.intents = tuple(intents)
-        self._patterns = {intent: {word: keyword(word) for word in words} for intent, words in intents.items()}
+        self._patterns = {intent: any_keyword(words) for intent, words in intents.items() if words}
 
     def classify(self, text: str, embedding: npt.NDArray[np.float32] | None = None) -> Guess:
-        """The intent with most matching keywords (of several, the first), and its share of all matches."""
+        """The intent with most different keywords (of several, the first), and its share of all; where keywords
+        overlap, the longest counts."""
         folded = folded_text(text)
         matches = {
-            intent: tuple(word for word, pattern in patterns.items() if pattern.search(folded))
-            for intent, patterns in self._patterns.items()
+            intent: tuple(dict.fromkeys(found.group() for found in pattern.finditer(folded)))
+            for intent, pattern in self._patterns.items()
         }
         total = sum(map(len, matches.values()))
         if not total:
@@ -141,8 +142,12 @@ def folded_text(text: str) -> str:
     return fold(text)[0].casefold()
 
 
-def keyword(word: str) -> re.Pattern[str]:
-    """Whole words where the script has spaces, anywhere in the text where it has none."""
-    folded = folded_text(word)
+def any_keyword(words: Iterable[str]) -> re.Pattern[str]:
+    """Any of the words, the longest first: whole words where the script has spaces, any place where it has none."""
+    folded = sorted({folded_text(word) for word in words}, key=lambda word: (-len(word), word))
+    return re.compile("|".join(_keyword(word) for word in folded))
+
+
+def _keyword(folded: str) -> str:
     escaped = re.escape(folded)
-    return re.compile(escaped if _CJK.search(folded) else rf"(?<!\w){escaped}(?!\w)")
+    return escaped if _CJK.search(folded) else rf"(?<!\w){escaped}(?!\w)"

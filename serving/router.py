@@ -14,6 +14,7 @@ Imports no torch, ray or faiss.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,9 @@ from cluster.errors import UserError
 from retrieval.records import Hit
 from serving import bandit
 from serving.experiments import assign
-from serving.intents import Guess, IntentClassifier, KeywordIntents, folded_text, keyword
+from serving.intents import Guess, IntentClassifier, KeywordIntents, any_keyword, folded_text
 from serving.records import Route, Tally
-from serving.router_config import MetadataValue, PolicyRule, RouterConfig
+from serving.router_config import DEFAULT_RULES, MetadataValue, PolicyRule, RouterConfig
 from serving.strategies import AUTO, HYBRID, STRATEGIES, require_strategy
 
 if TYPE_CHECKING:
@@ -87,13 +88,20 @@ class Router:
         seed: int = 0,
     ) -> None:
         """`available` are the strategies that the release can serve (without it, all); without a `classifier`,
-        intents are recognised by the recipe's keywords."""
+        intents are recognised by the recipe's keywords.
+
+        Raises:
+            UserError: a rule names an intent that the classifier does not know.
+        """
         self._available = tuple(available)
         self._config = config
+        self._rules = config.rules_in_force()
+        if classifier is not None:
+            _check_intents(config, classifier)
         self._keywords = KeywordIntents(config.intents)
         self._classifier = classifier
         self._seed = seed
-        self._patterns = {word: keyword(word) for rule in config.rules for word in rule.keywords}
+        self._patterns = {rule.keywords: any_keyword(rule.keywords) for rule in self._rules if rule.keywords}
 
     def route(self, query: RouteQuery, tallies: Sequence[Tally] = ()) -> Route:
         """The strategy for one question; `tallies` are the ratings so far.
@@ -119,7 +127,7 @@ class Router:
     def _by_rules(self, decision: _Decision) -> Route | None:
         query = decision.query
         text, metadata = folded_text(query.question), {**query.metadata, **query.known}
-        for rule in self._config.rules:
+        for rule in self._rules:
             if not self._applies(rule, text, decision.guess.intent, metadata):
                 continue
             shares = {name: share for name, share in _shares(rule).items() if share > 0}
@@ -150,22 +158,23 @@ class Router:
         return decision.route(strategy, reason, True, propensity=propensity)
 
     def _default(self, decision: _Decision) -> Route:
-        reason = "no rule applies, so the default is taken"
-        chosen: str | None = self._config.default
-        if not decision.can_take(self._config.default):
-            chosen = next((name for name in _FALLBACKS if decision.can_take(name, say=False)), None)
-            reason = "no rule applies, so the best that there is is taken"
+        guess = decision.guess
+        unknown = f"the intent is not known{f' ({guess.how})' if guess.how else ''}"
+        why = f"no rule applies to the intent {guess.intent}" if guess.intent else unknown
+        if decision.can_take(self._config.default):
+            return decision.route(self._config.default, f"{why}, so the default is taken", True)
+        chosen = next((name for name in _FALLBACKS if decision.can_take(name, say=False)), None)
         if chosen is None:
             raise UserError(
                 f"this key may use {', '.join(decision.query.allowed)}, but this release has "
                 f"{', '.join(name for name in self._available if name != AUTO)}"
             )
-        return decision.route(chosen, reason, True)
+        return decision.route(chosen, f"{why}, so the best of what is left is taken", True)
 
     def _applies(self, rule: PolicyRule, text: str, intent: str, metadata: Mapping[str, Any]) -> bool:
         return (
             (not rule.intent or rule.intent == intent)
-            and (not rule.keywords or any(self._patterns[word].search(text) for word in rule.keywords))
+            and (not rule.keywords or self._patterns[rule.keywords].search(text) is not None)
             and all(_equal(metadata.get(key), value) for key, value in rule.metadata.items())
             and all(_above(metadata.get(key), bound) for key, bound in rule.metadata_above.items())
         )
@@ -196,7 +205,7 @@ class _Decision:
         self, strategy: str, reason: str, by_intent: bool, *, propensity: float = 1.0, experiment: str = ""
     ) -> Route:
         """The finished route; its confidence is that of the intent where that decided, else 1."""
-        passed_over = "".join(f"; {name} came first, but {problem}" for name, problem in self._lacking.items())
+        passed_over = "".join(f"; {name} is passed over, because {problem}" for name, problem in self._lacking.items())
         return Route(
             strategy,
             intent=self.guess.intent,
@@ -205,6 +214,18 @@ class _Decision:
             propensity=propensity,
             experiment=experiment,
         )
+
+
+def _check_intents(config: RouterConfig, classifier: IntentClassifier) -> None:
+    if config.rules == DEFAULT_RULES:
+        return
+    for rule in config.rules:
+        if rule.intent and rule.intent not in classifier.intents:
+            near = difflib.get_close_matches(rule.intent, classifier.intents, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(classifier.intents[:8])}"
+            raise UserError(
+                f"router.rules name the intent {rule.intent!r}, which the trained classifier does not know: {known}"
+            )
 
 
 def _shares(rule: PolicyRule) -> Mapping[str, float]:

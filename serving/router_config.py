@@ -58,18 +58,57 @@ class PolicyRule(Section):
 # the first, so that "what is the difference" is analysis although it starts like a fact lookup.
 DEFAULT_INTENTS: dict[str, tuple[str, ...]] = {
     "analysis": (
-        *("compare", "comparison", "difference", "differences", "differ", "versus", "vs", "trend", "trends"),
-        *("analyse", "analyze", "analysis", "pros and cons", "trade-off", "trade-offs"),
-        *("比较", "对比", "区别", "差异", "分析", "趋势", "优缺点"),
+        *("compare", "compared", "comparing", "comparison", "contrast", "difference", "differences", "differ"),
+        *("similarities", "versus", "vs", "better", "best way", "trend", "trends", "analyse", "analyze", "analysis"),
+        *("evaluate", "evaluation", "assess", "assessment", "summarise", "summarize", "summary", "overview"),
+        *("pros and cons", "trade-off", "trade-offs", "advantages", "disadvantages", "strengths", "weaknesses"),
+        *("implications", "discuss", "outline"),
+        *("比较", "对比", "相比", "区别", "差异", "差别", "异同", "有何不同", "有什么不同", "不同之处", "分析", "趋势"),
+        *("优缺点", "优劣", "利弊", "优势", "劣势", "权衡", "哪个更", "哪种更", "更好", "更适合", "更划算"),
+        *("评估", "评价", "总结", "概括", "归纳", "综述", "概述", "讨论"),
     ),
     "reasoning": (
-        *("why", "explain", "how does", "how do", "how can", "reason", "prove", "derive", "what if", "infer"),
-        *("为什么", "为何", "解释", "推理", "推导", "证明", "原因", "怎么会", "如何"),
+        *(
+            "why",
+            "explain",
+            "how does",
+            "how do",
+            "how did",
+            "how can",
+            "how would",
+            "how should",
+            "how to",
+            "how come",
+        ),
+        *("how is it that", "reason", "reasons", "prove", "proof", "derive", "infer", "deduce", "what if"),
+        *("what would happen", "what happens", "cause", "causes", "caused", "fix", "troubleshoot"),
+        *("为什么", "为何", "为啥", "解释", "推理", "推导", "推断", "证明", "原因", "原理", "机制", "导致", "造成"),
+        *("怎么", "怎样", "怎会", "如何", "凭什么", "如果", "假如", "假设", "排查"),
     ),
     "fact_lookup": (
-        *("what is", "what are", "what was", "who", "whose", "when", "where", "which", "how many", "how much"),
-        *("how long", "how old", "how large", "how high", "name the", "list"),
-        *("是什么", "什么是", "多少", "几", "谁", "哪", "何时", "什么时候", "在哪里", "列出"),
+        *("what", "what's", "what’s", "who", "who's", "who’s", "whose", "whom", "when", "where", "which"),
+        *("how many", "how much", "how long", "how old", "how large", "how big", "how high", "how tall", "how far"),
+        *("how deep", "how fast", "how heavy", "how wide", "how often", "name the", "list", "tell me", "give me"),
+        *("is there", "are there", "is it", "does", "did", "can i", "do i", "do you", "define", "definition"),
+        *(
+            "什么",
+            "啥",
+            "多少",
+            "多久",
+            "多长",
+            "多大",
+            "多高",
+            "多远",
+            "多重",
+            "多深",
+            "多快",
+            "谁",
+            "哪",
+            "何时",
+            "何地",
+        ),
+        *("几个", "几点", "几年", "几天", "几月", "几号", "几次", "几种", "几岁", "几位", "几家", "几页", "第几"),
+        *("星期几", "周几", "列出", "列举", "定义", "是否", "有没有", "能不能", "可不可以", "吗", "请告诉"),
     ),
 }
 
@@ -100,7 +139,8 @@ class LearningConfig(Section):
     """How ratings move the choice of strategy where an intent is known and no rule applies."""
 
     strategies: tuple[RoutedStrategy, ...] = ()
-    """Strategies to choose among, per intent; none learns nothing and takes `default`."""
+    """Strategies to choose among, per intent; none learns nothing and takes `default`. Rules come first: an intent
+    that a rule decides is not learned. Of the default rules, those about metadata alone stay in force."""
     exploration: float = Field(default=0.1, ge=0, le=1)
     """Share of questions on which a strategy is drawn at random at first; it decays as 1 / (1 + ratings / `decay`)."""
     decay: float = Field(default=100, gt=0)
@@ -116,7 +156,7 @@ class RouterConfig(IntentTraining):
     """Intent name to keywords that reveal it: whole words, or any place in scripts without spaces. A trained
     classifier (`examples`) takes their place."""
     rules: tuple[PolicyRule, ...] = DEFAULT_RULES
-    """Policy rules in order."""
+    """Policy rules in order, instead of the default ones."""
     default: RoutedStrategy = "hybrid"
     """Strategy for an unknown intent."""
     threshold: float | None = Field(default=None, ge=0, le=1)
@@ -125,6 +165,11 @@ class RouterConfig(IntentTraining):
 
     @model_validator(mode="after")
     def _intents_are_known(self) -> Self:
+        blank = [intent for intent, words in self.intents.items() if not all(map(str.strip, words))]
+        if blank or not all(word.strip() for rule in self.rules for word in rule.keywords):
+            raise ValueError(
+                f"{f'intents.{blank[0]}' if blank else 'rules'}: a keyword is blank: it would always match"
+            )
         if self.examples:
             return self  # what the classifier knows, the router checks
         for rule in self.rules if self.rules != DEFAULT_RULES else ():
@@ -133,3 +178,9 @@ class RouterConfig(IntentTraining):
                     f"rules name the intent {rule.intent!r}; intents has {', '.join(self.intents) or 'none'}"
                 )
         return self
+
+    def rules_in_force(self) -> tuple[PolicyRule, ...]:
+        """`rules`; of the default ones, with strategies to learn, those that no intent decides."""
+        if self.rules == DEFAULT_RULES and self.learning.strategies:
+            return tuple(rule for rule in self.rules if not rule.intent)
+        return self.rules

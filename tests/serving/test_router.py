@@ -64,7 +64,7 @@ def test_route_reason_names_the_keyword():
 def test_route_rule_without_its_strategy_falls_to_the_next_and_says_so():
     found = route("What is it?", {"context_length": 9000}, available=("base", "rag", "auto"))
     assert found.strategy == "rag"
-    assert "raft came first, but this release lacks" in found.reason
+    assert "raft is passed over, because this release lacks" in found.reason
 
 
 def test_route_default_without_its_strategy_takes_the_best_there_is():
