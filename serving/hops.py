@@ -73,10 +73,10 @@ class Hops:
                 async for event in response:
                     started, ended = True, isinstance(event, Completion)
                     yield event
-                if ended:
-                    return
-                raise ReplicaUnavailableError  # the stream stopped short of its completion
-            except REPLICA_DIED as error:
+                if not ended:
+                    raise StreamBrokenError("the stream stopped short of its completion")
+                return
+            except (*REPLICA_DIED, StreamBrokenError) as error:
                 if started:
                     self._observer.count("stream_broken")
                     raise StreamBrokenError(f"{request.request_id}: a generator replica died") from error

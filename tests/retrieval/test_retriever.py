@@ -80,6 +80,33 @@ def test_queries_searched_together_find_what_each_finds_alone(retriever):
     assert [_found(hits) for hits in together] == [_found(retriever.search([q], 5, mode="lexical")[0]) for q in QUERIES]
 
 
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_search_and_embed_embeds_once_and_finds_what_search_finds(built, monkeypatch, mode):
+    from retrieval.encoder import Encoder
+
+    recipe, artifact = built
+    retriever = Retriever.open(artifact, recipe.encoder, SearchConfig(mode=mode))
+    wanted = parse_filter({"place": {"lt": 3}})
+    expected, vectors = retriever.search(QUERIES, 4, filter=wanted), retriever.encode_queries(QUERIES)
+    encoded, encode = [], Encoder.encode_queries
+
+    def counted(self, texts):
+        encoded.append(list(texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Encoder, "encode_queries", counted)
+    hits, embeddings = retriever.search_and_embed(QUERIES, 4, filter=wanted)
+    assert [_found(each) for each in hits] == [_found(each) for each in expected]
+    assert (embeddings == vectors).all() and encoded == [QUERIES]
+
+
+def test_embed_counts_tokens_before_they_are_cut(retriever):
+    long = "cocoa " * 500
+    vectors, tokens, most = retriever.embed(["cocoa", long])
+    assert vectors.shape == (2, 32) and most == 128
+    assert tokens[0] >= 3 and tokens[1] >= 502 > most
+
+
 def test_lexical_index_refuses_dense_search_by_its_key(tmp_path, encoder_path, corpus_path):
     recipe = tiny_recipe(tmp_path, corpus_path, encoder_path)
     recipe = recipe.model_copy(update={"search": SearchConfig(mode="lexical")})
@@ -88,8 +115,11 @@ def test_lexical_index_refuses_dense_search_by_its_key(tmp_path, encoder_path, c
     for mode in ("dense", "hybrid"):
         with pytest.raises(UserError, match=r"^search\.mode is "):
             retriever.search(["copper"], 1, mode=mode)
-    with pytest.raises(UserError, match="no encoder"):
-        retriever.encode_queries(["copper"])
+    for embed in (retriever.encode_queries, retriever.embed):
+        with pytest.raises(UserError, match="no encoder"):
+            embed(["copper"])
+    hits, vectors = retriever.search_and_embed(["copper"], 1)
+    assert vectors is None and not retriever.embeds and len(hits[0]) == 1
 
 
 def test_index_of_another_encoder_is_refused_with_both_names(built, tmp_path):

@@ -166,4 +166,3 @@ def test_client_that_goes_away_frees_its_slot(graph):
             timeout=1,
         )
     assert wait_until(lambda: graph.log.read_text().count("cancelled") == before + 1, 10)
-
