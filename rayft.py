@@ -294,9 +294,9 @@ def compare_and_promote(
 
 
 def release_of(
-    recipe: Recipe, store: Store, index: Artifact, samples: Artifact | None, adapters: dict[str, Artifact]
+    recipe: Recipe, store: Store, index: Artifact | None, samples: Artifact | None, adapters: dict[str, Artifact]
 ) -> ArtifactRef:
-    """The release of these artifacts and the recipe's base model, published but not promoted."""
+    """The release of these artifacts, the recipe's router and its base model, published but not promoted."""
     from cluster.model_source import model_digest
     from cluster.releases import publish_release
     from training.base_model import base_model_directory
@@ -305,12 +305,28 @@ def release_of(
     return publish_release(
         store,
         recipe.name,
-        index=index.ref,
+        index=index.ref if index else None,
         samples=samples.ref if samples else None,
         adapters={role: adapter.ref for role, adapter in adapters.items()},
         base_digest=model_digest(base_model_directory(recipe.model)),
         prompt_format=FORMAT_VERSION,
+        router=trained_router(recipe, store, index),
     )
+
+
+def trained_router(recipe: Recipe, store: Store, index: Artifact | None) -> ArtifactRef | None:
+    """The intent classifier that was trained last, where the recipe has labelled utterances.
+
+    Raises:
+        ArtifactError: It reads embeddings that the index does not give.
+    """
+    from serving.intents import open_classifier
+
+    if not recipe.router.examples or store.current("router", recipe.name) is None:
+        return None
+    router = store.open("router", recipe.name)
+    open_classifier(router, index)
+    return router.ref
 
 
 def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool) -> None:
@@ -339,20 +355,52 @@ def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool
 def release(
     recipe: RecipeArgument,
     no_promote: Annotated[bool, typer.Option("--no-promote", help="Only publish it.")] = False,
+    without_index: Annotated[
+        bool, typer.Option("--without-index", help="Closed-book: only what answers without documents.")
+    ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Release what the recipe has built so far (the index, and the adapters if there are any) and promote it."""
-    from cluster.releases import promote
+    """Release what the recipe has built so far (index, adapters, router, as far as there are any) and promote it."""
+    from cluster.releases import open_release, promote
     from cluster.store import Store
 
     loaded = load(recipe, overrides or [])
     store = Store(loaded.store.uri)
-    index = current_index(loaded, store)
-    samples, adapters = trained_on(loaded, store, index)
-    ref = release_of(loaded, store, index, samples, adapters)
+    if without_index:
+        ref = release_of(loaded, store, None, None, closed_book_adapters(loaded, store))
+    else:
+        index = current_index(loaded, store)
+        ref = release_of(loaded, store, index, *trained_on(loaded, store, index))
+    parts = [role for role in open_release(store, loaded.name, ref.version).pins() if role != "samples"]
     if not no_promote:
         promote(store, loaded.name, ref.version)
-    say(f"release: {ref} with {', '.join(['index', *adapters])} is {'published' if no_promote else 'promoted'}")
+    say(f"release: {ref} with {', '.join(parts)} is {'published' if no_promote else 'promoted'}")
+
+
+def closed_book_adapters(recipe: Recipe, store: Store) -> dict[str, Artifact]:
+    """The adapters that answer without documents: those of the recipe's index, or where the store holds none the
+    adapters that were published last.
+
+    Raises:
+        UserError: There is none.
+    """
+    from serving.strategies import STRATEGIES
+
+    roles = {one.adapter for one in STRATEGIES.values() if one.adapter and not one.retrieves}
+    if store.current("index", recipe.name) is not None:
+        _, trained = trained_on(recipe, store, current_index(recipe, store))
+    else:
+        published = {role: f"{recipe.name}-{role}" for role in roles}
+        trained = {
+            role: store.open("adapter", name) for role, name in published.items() if store.current("adapter", name)
+        }
+    adapters = {role: adapter for role, adapter in trained.items() if role in roles}
+    if not adapters:
+        raise UserError(
+            f"--without-index: there is no {' or '.join(sorted(roles))} adapter of {recipe.name}; run `rayft train "
+            "lora RECIPE --objective dsf` first"
+        )
+    return adapters
 
 
 def current_index(recipe: Recipe, store: Store) -> Artifact:
