@@ -16,6 +16,7 @@ import typer
 
 from cluster.cli import RecipeArgument, SetOption
 from cluster.errors import UserError
+from cluster.progress import complain
 from serving.config import ServingRecipe
 
 Load = Callable[[str, list[str]], ServingRecipe]
@@ -59,10 +60,12 @@ def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
         release: ReleaseOption = "",
     ) -> None:
         """Write the Serve config with which `serve deploy` serves a recipe on a cluster."""
-        from serving.serve_app import config_text, serve_config
+        from serving.serve_app import config_text, local_paths, serve_config
 
-        config = serve_config(load(recipe, overrides or []), release, working_dir, path_keys)
-        text = config_text(config, recipe)
+        loaded = load(recipe, overrides or [])
+        text = config_text(serve_config(loaded, release, working_dir, path_keys), recipe)
+        if local := local_paths(loaded, path_keys):
+            complain(f"serve-config: on this machine's disk, so each node must mount it: {', '.join(local)}")
         if not out:
             typer.echo(text, nl=False)
             return

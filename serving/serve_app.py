@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
@@ -26,7 +27,7 @@ SERVED_SECTIONS = (
     *("serve", "feedback", "telemetry"),
 )
 """What serving reads of a recipe; the other sections are of other stages."""
-PATH_KEYS = ("serve.keys",)
+PATH_KEYS = ("serve.keys", "serve.follow_up_prompt")
 """Keys that hold a local path although their name does not say so."""
 
 
@@ -82,18 +83,10 @@ def serve_config(
         working_dir: `runtime_env.working_dir`, where the image does not hold rayft.
         path_keys: Further keys that may hold a local path.
     """
-    from cluster.submit import absolute_paths
-    from serving.feedback_schema import parse_url
-
     sections = recipe.model_dump(mode="json", include=set(SERVED_SECTIONS), exclude_defaults=True)
-    local = absolute_paths(recipe, sections, (*path_keys, *PATH_KEYS))
-    if recipe.feedback.url:
-        local["feedback.url"] = parse_url(recipe.feedback.url).render_as_string()
-    for key, path in local.items():
+    for key, path in local_paths(recipe, path_keys).items():
         section, _, rest = key.partition(".")
-        if section in SERVED_SECTIONS:
-            assert "." not in rest, "the paths that serving reads stand right in their section"
-            sections.setdefault(section, {})[rest] = path
+        sections.setdefault(section, {})[rest] = f"sqlite:///{path}" if key == "feedback.url" else path
     args: dict[str, Any] = {"recipe": sections, **({"release": release} if release else {})}
     return {
         "proxy_location": "EveryNode",
@@ -109,6 +102,22 @@ def serve_config(
             }
         ],
     }
+
+
+def local_paths(recipe: ServingRecipe, path_keys: Sequence[str] = ()) -> dict[str, str]:
+    """Dotted key to absolute path of what serving reads from this machine's disk."""
+    from cluster.submit import absolute_paths
+    from serving.feedback_schema import parse_url
+
+    stated = recipe.model_dump(mode="json", include=set(SERVED_SECTIONS), exclude_defaults=True)
+    found = absolute_paths(recipe, stated, path_keys)
+    for key in PATH_KEYS:
+        section, _, rest = key.partition(".")
+        if path := getattr(getattr(recipe, section), rest):
+            found[key] = str(Path(path).expanduser().absolute())
+    if recipe.feedback.url and (url := parse_url(recipe.feedback.url)).get_backend_name() == "sqlite":
+        found["feedback.url"] = str(url.database)
+    return {key: path for key, path in found.items() if key.partition(".")[0] in SERVED_SECTIONS}
 
 
 def config_text(config: Mapping[str, Any], recipe: str) -> str:

@@ -1,169 +1,103 @@
-import asyncio
-import threading
-import time
-
 import pytest
 from ray import serve
 
-from cluster.errors import ArtifactError
-from cluster.stage import Outcome, Plan, run_stage
-from serving import graph
-from serving.config import DeploymentConfig, ServeConfig, ServingRecipe
-from serving.graph import Generator, Loaders, RetrieverReplica, assemble
-from serving.router_config import RouterConfig
-from tests.serving.fakes import FakeEngine, FakeRetriever, base_request, served_release
+from cluster.errors import ArtifactError, UserError
+from cluster.releases import Release
+from cluster.store import ArtifactRef
+from serving.config import DeploymentConfig, ServingRecipe
+from serving.graph import _check_gpus, scaling
+from serving.opened_release import pins_of, served_release
+from tests.serving.fakes_graph import app_of, recipe_of
 
 
-def test_generator_generates_and_streams():
-    generator = Generator(FakeEngine)
-    request = base_request("Capital?")
-
-    async def both():
-        return await generator.generate(request), [event async for event in generator.stream(request)]
-
-    whole, events = asyncio.run(both())
-    assert whole.text == "Athens of old" == "".join(events[:-1]) == events[-1].text
-
-
-def test_generator_without_its_engine_is_unhealthy():
-    engine = FakeEngine()
-    generator = Generator(lambda: engine)
-    generator.check_health()
-    engine.close()
-    with pytest.raises(RuntimeError):
-        generator.check_health()
-
-
-class SlowRetriever(FakeRetriever):
-    """Notes the threads it is called from; fails for a query `bad`."""
-
-    def __init__(self):
-        super().__init__()
-        self.threads = set()
-
-    def search(self, queries, k):
-        self.threads.add(threading.current_thread())
-        time.sleep(0.05)
-        if "bad" in queries:
-            raise OSError("the index is gone")
-        return super().search(queries, k)
-
-
-def search_at_once(retriever, *asked):
-    replica = RetrieverReplica(lambda: retriever)
-
-    async def all_of_them():
-        return await asyncio.gather(*(replica.search(query, k) for query, k in asked), return_exceptions=True)
-
-    return asyncio.run(all_of_them())
-
-
-def test_retriever_searches_together_what_arrives_during_a_search():
-    retriever = SlowRetriever()
-    replica = RetrieverReplica(lambda: retriever)
-
-    async def one_then_three():
-        first = asyncio.create_task(replica.search("a", 1))
-        await asyncio.sleep(0.01)
-        return await asyncio.gather(first, replica.search("b", 2), replica.search("c", 1), replica.search("d", 1))
-
-    assert [len(hits) for hits in asyncio.run(one_then_three())] == [1, 2, 1, 1]
-    assert retriever.batches == [["a"], ["b", "c", "d"]]
-    assert threading.main_thread() not in retriever.threads
-
-
-def test_retriever_failure_reaches_every_caller_of_that_batch_and_not_the_next():
-    retriever = SlowRetriever()
-    assert [type(found) for found in search_at_once(retriever, ("x", 1), ("bad", 1))] == [OSError, OSError]
-    assert [len(found) for found in search_at_once(retriever, ("x", 1), ("y", 2))] == [1, 2]
-
-
-def test_retriever_batches_are_bounded():
-    retriever = SlowRetriever()
-    search_at_once(retriever, *[(str(number), 1) for number in range(70)])
-    assert [len(batch) for batch in retriever.batches] == [32, 32, 6]
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def handle():
     """The ingress of the graph, all of it in this process."""
-    loaders = Loaders(FakeEngine, FakeRetriever)
-    app = assemble(served_release(), RouterConfig(), ServeConfig(), loaders)
-    return serve.run(app, _local_testing_mode=True)
+    return serve.run(app_of(recipe_of()), _local_testing_mode=True)
 
 
-def test_graph_searches_through_ingress(handle):
-    hits = handle.options(method_name="_search").remote("Greece", 1).result()
-    assert [hit.passage.doc_id for hit in hits] == ["greece"]
+def test_graph_drains_and_counts_through_ingress(handle):
+    assert handle.drain.remote().result() == 0
 
 
-def test_graph_generates_and_streams_through_ingress(handle):
-    request = base_request("Capital?")
-    whole = handle.options(method_name="_generate").remote(request).result()
-    events = list(handle.options(method_name="_stream", stream=True).remote(request))
-    assert whole.text == "Athens of old" == "".join(events[:-1]) == events[-1].text
-    handle.options(method_name="_check_ready").remote().result()
-
-
-def test_assembled_graph_admits_at_ingress_and_claims_what_the_recipe_says():
-    config = ServeConfig(
-        max_queued_requests=10, generator=DeploymentConfig(cpus=0.75, gpus=0.5, min_replicas=3, max_replicas=3)
-    )
-    app = assemble(served_release(), RouterConfig(), config, Loaders(FakeEngine, FakeRetriever))
+def deployments_of(app):
     ingress = app._bound_deployment
-    generator, retriever = (bound._bound_deployment for bound in ingress.init_args[-2:])
-    assert ingress.max_ongoing_requests > generator.max_ongoing_requests >= 20
-    assert retriever.max_ongoing_requests >= 10
-    assert generator.num_replicas == 3
-    assert generator.ray_actor_options["num_cpus"] == 0.75 and generator.ray_actor_options["num_gpus"] == 0.5
+    found = {"ingress": ingress}
+    for bound in ingress.init_args[1:]:
+        if bound is not None:
+            found[bound._bound_deployment.name] = bound._bound_deployment
+    return found
 
 
-def test_open_engine_other_base_model_is_refused_with_both_names(tiny_models, store):
-    model = {"base": str(tiny_models.base), "precision": "float32"}
-    with pytest.raises(ArtifactError, match=r"digest aaaaaaaaaaaa.*has [0-9a-f]{12}"):
-        graph.open_engine(model, {"threads": 1}, store.uri, {}, "a" * 64)
+def test_graph_admits_at_ingress_and_claims_what_the_recipe_says():
+    recipe = recipe_of(
+        max_queued_requests=10,
+        request_timeout_s=45,
+        ingress={"min_replicas": 2, "max_replicas": 2, "cpus": 0.3},
+        generator={"cpus": 0.75, "gpus": 0.5, "accelerator": "H100", "min_replicas": 3, "max_replicas": 3},
+        retriever={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 5, "upscale_delay_s": 8},
+    )
+    found = deployments_of(app_of(recipe))
+    ingress, generator, retriever = found["ingress"], found["generator"], found["retriever"]
+    assert ingress.num_replicas == 2 and ingress.ray_actor_options["num_cpus"] == 0.3
+    assert generator.num_replicas == 3 and generator.ray_actor_options["num_cpus"] == 0.75
+    assert generator.ray_actor_options["num_gpus"] == 0.5
+    assert generator.ray_actor_options["accelerator_type"] == "H100"
+    assert ingress.max_ongoing_requests > 10 and generator.max_ongoing_requests >= 2 * 2 * 10
+    assert generator._deployment_config.graceful_shutdown_timeout_s >= 45, "scaling away must not cut an answer"
+    scaled = retriever._deployment_config.autoscaling_config
+    assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (1, 4, 5)
 
 
-def test_open_engine_loads_adapters_from_the_store(tiny_models, store):
-    from cluster.model_source import model_digest
-
-    refs = {name: str(publish_adapter(store, name, path).ref) for name, path in tiny_models.adapters.items()}
-    model = {"base": str(tiny_models.base), "precision": "float32"}
-    engine = graph.open_engine(model, {"threads": 1}, store.uri, refs, model_digest(tiny_models.base))
-    assert engine.adapters == ("raft", "finetuned")
-    engine.close()
-
-
-def test_open_engine_damaged_adapter_is_refused_before_it_is_parsed(tiny_models, store):
-    artifact = publish_adapter(store, "raft", tiny_models.adapters["raft"])
-    path = artifact.path("adapter_model.safetensors")
-    damaged = bytearray(path.read_bytes())
-    damaged[-10] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(damaged)
-    model = {"base": str(tiny_models.base), "precision": "float32"}
-    fresh = type(store)(store.uri)
-    with pytest.raises(ArtifactError):
-        graph.open_engine(model, {"threads": 1}, fresh.uri, {"raft": str(artifact.ref)}, "")
+def test_scaling_is_a_fixed_number_or_follows_the_load_within_its_delays():
+    assert scaling(DeploymentConfig(min_replicas=2, max_replicas=2)) == {"num_replicas": 2}
+    for upscale_s in (0, 1, 10, 600):
+        config = DeploymentConfig(max_replicas=3, upscale_delay_s=upscale_s, downscale_delay_s=7)
+        found = scaling(config)["autoscaling_config"]
+        assert (found.upscale_delay_s, found.downscale_delay_s) == (upscale_s, 7)
+        assert found.look_back_period_s <= max(1, upscale_s) and found.metrics_interval_s < found.look_back_period_s
 
 
-def publish_adapter(store, name, path):
-    plan = Plan(kind="adapter", name=f"tiny-{name}", config={}, inputs={}, parents={}, format=1, seed=0)
+def test_graph_without_an_index_has_no_retriever_and_one_without_quotas_no_ledger():
+    assert set(deployments_of(app_of(recipe_of(), index=False))) == {"ingress", "generator"}
+    assert set(deployments_of(app_of(recipe_of()))) == {"ingress", "generator", "retriever"}
+    tenants = {"acme": {"requests_per_minute": 5}}
+    one = recipe_of(tenants=tenants)
+    several = recipe_of(tenants=tenants, ingress={"min_replicas": 2, "max_replicas": 2})
+    assert "quotas" not in deployments_of(app_of(one)) and "quotas" in deployments_of(app_of(several))
 
-    def copy(attempt):
-        for file in path.iterdir():
-            (attempt.directory / file.name).write_bytes(file.read_bytes())
-        return Outcome({}, {})
 
-    return run_stage(store, plan, copy)
+def test_graph_without_enough_gpus_for_vllm_is_refused_by_its_key():
+    vllm = {"name": "tiny", "generation": {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}}
+    with pytest.raises(UserError, match=r"serve\.generator\.gpus is 1, .* set serve\.generator\.gpus to 2"):
+        _check_gpus(ServingRecipe.model_validate({**vllm, "serve": {"generator": {"gpus": 1}}}))
+    _check_gpus(ServingRecipe.model_validate({**vllm, "serve": {"generator": {"gpus": 2}}}))
+
+
+def release(**fields):
+    return Release("tiny", "2" * 16, **fields)
 
 
 def test_served_release_of_another_prompt_format_is_refused(store):
-    from cluster.releases import Release
-    from cluster.store import ArtifactRef
-
-    index = ArtifactRef("index", "tiny", "0" * 16)
     adapters = {"raft": ArtifactRef("adapter", "tiny", "1" * 16)}
-    release = Release("tiny", "2" * 16, index, None, adapters, "", prompt_format=99)
-    with pytest.raises(ArtifactError, match=r"prompt format 99.*format 1"):
-        graph.served_release(ServingRecipe(name="tiny"), store, release)
+    other = release(index=None, adapters=adapters, prompt_format=99)
+    with pytest.raises(ArtifactError, match=r"prompt format 99.*format \d"):
+        served_release(ServingRecipe(name="tiny"), store, other)
+
+
+def test_served_release_without_an_index_offers_what_answers_without_documents(store):
+    from training.format import FORMAT_VERSION
+
+    adapters = {"finetuned": ArtifactRef("adapter", "tiny", "1" * 16)}
+    served = served_release(
+        ServingRecipe(name="tiny"), store, release(index=None, adapters=adapters, prompt_format=FORMAT_VERSION)
+    )
+    assert served.available == ("base", "finetuned", "auto")
+    assert served.pins.index == "" and served.pins.adapters == {"finetuned": f"adapter/tiny/{'1' * 16}"}
+
+
+def test_pins_name_every_part_of_a_release():
+    index, router = (ArtifactRef(kind, "tiny", "0" * 16) for kind in ("index", "router"))
+    pins = pins_of(release(index=index, router=router, base_digest="b" * 64))
+    assert (pins.release, pins.index) == (f"release/tiny/{'2' * 16}", str(index))
+    assert (pins.router, pins.base_digest, pins.adapters) == (str(router), "b" * 64, {})
