@@ -111,7 +111,7 @@ def simulate(choose: Choose, queries: int, seed: int) -> Run:
 def learned(seed: int) -> Choose:
     """The served router."""
     config = RouterConfig(default=DEFAULT, rules=(), learning=LearningConfig(strategies=STRATEGIES))
-    router = Router(config, STRATEGIES, KnownIntents(), seed)
+    router = Router(config, (*STRATEGIES, "auto"), KnownIntents(), seed)
 
     def choose(query: RouteQuery, tallies: Sequence[Tally]) -> tuple[str, float]:
         route = router.route(query, tallies)

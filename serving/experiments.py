@@ -24,7 +24,7 @@ def assign(experiment: str, unit: str, shares: Mapping[str, float]) -> tuple[str
     possible = {strategy: share for strategy, share in shares.items() if share > 0}
     assert possible, f"experiment {experiment} has no strategy to draw"
     strategy = min(possible, key=lambda name: -math.log(_uniform(experiment, unit, name)) / possible[name])
-    return strategy, possible[strategy] / sum(possible.values())
+    return strategy, possible[strategy] / math.fsum(possible.values())
 
 
 def _uniform(*parts: str) -> float:

@@ -109,12 +109,8 @@ class Router:
         Raises:
             UserError: `requested` is no strategy, the release lacks a part that it needs, or the caller may not use it.
         """
-        require_strategy(query.requested, self._available)
+        require_strategy(query.requested, self._available, query.allowed)
         if query.requested != AUTO:
-            if query.allowed and query.requested not in query.allowed:
-                raise UserError(
-                    f"strategy `{query.requested}` is not open to this key; it may use {', '.join(query.allowed)}"
-                )
             return Route(query.requested, reason="asked for by the caller")
         decision = _Decision(query, self._available, self._guess(query))
         return self._by_rules(decision) or self._learned(decision, tallies) or self._default(decision)
