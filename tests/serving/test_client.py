@@ -7,9 +7,9 @@ import pytest
 
 from cluster.errors import UserError
 from serving.answering import finish
-from serving.client import Reply, ask_over_http, curl_line, describe_reply
-from serving.engine import Completion
 from serving.chat_shapes import chat_response
+from serving.client import Reply, ask_over_http, curl_line, describe_reply, rate_over_http
+from serving.engine import Completion
 from serving.strategies import STRATEGIES
 from tests.serving.fakes import CITED, FakeRetriever, prompt_format
 
@@ -27,6 +27,7 @@ def server():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             state.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.path, state.authorization = self.path, self.headers["Authorization"]
             status, content = state.reply
             self.send_response(status)
             self.end_headers()
@@ -37,7 +38,7 @@ def server():
 
     class State:
         reply = (200, response())
-        body = None
+        body = path = authorization = None
         url = ""
 
     state = State()
@@ -57,6 +58,29 @@ def test_ask_sends_the_question_and_reads_the_answer(server):
     assert server.body["messages"] == [{"role": "user", "content": "Capital?"}]
     assert reply.answer == "Athens" and reply.content.startswith("Athens [1]")
     assert [source["doc_id"] for source in reply.sources] == ["greece"]
+
+
+def test_ask_sends_the_key_of_the_argument_or_the_environment(server, monkeypatch):
+    monkeypatch.delenv("RAYFT_API_KEY", raising=False)
+    ask_over_http(server.url, "Capital?")
+    assert server.authorization is None
+    monkeypatch.setenv("RAYFT_API_KEY", "rk-environment")
+    ask_over_http(server.url, "Capital?")
+    assert server.authorization == "Bearer rk-environment"
+    ask_over_http(server.url, "Capital?", api_key="rk-argument")
+    assert server.authorization == "Bearer rk-argument"
+    server.reply = (401, {"error": {"message": "an API key is needed"}})
+    with pytest.raises(UserError, match=r"answered 401: an API key is needed \(the key is read from RAYFT_API_KEY\)"):
+        ask_over_http(server.url, "Capital?")
+
+
+def test_rate_sends_what_was_said(server):
+    rate_over_http(server.url, ask_over_http(server.url, "Capital?").request_id, satisfied=0.0, correction="Athens")
+    assert server.path == "/v1/feedback"
+    assert server.body == {"request_id": "id", "satisfied": 0.0, "correction": "Athens"}
+    server.reply = (404, {"error": {"message": "there is no such answer"}})
+    with pytest.raises(UserError, match="answered 404: there is no such answer"):
+        rate_over_http(server.url, "other", satisfied=1.0)
 
 
 def test_ask_refused_question_is_one_line_with_the_servers_words(server):
@@ -86,3 +110,8 @@ def test_describe_unverified_quote_is_not_shown_as_verified():
 def test_curl_line_survives_the_shell():
     words = shlex.split(curl_line("http://127.0.0.1:8000", "What's Côte d'Ivoire's \"capital\"? $HOME"))
     assert json.loads(words[-1])["messages"][0]["content"] == "What's Côte d'Ivoire's \"capital\"? $HOME"
+
+
+def test_curl_line_leaves_the_key_to_the_shell():
+    assert '"Authorization: Bearer $RAYFT_API_KEY"' in curl_line("http://127.0.0.1:8000", "x", with_key=True)
+    assert "Authorization" not in curl_line("http://127.0.0.1:8000", "x")
