@@ -3,7 +3,8 @@
 
 const KEY = "rayft-api-key";
 
-/** What went wrong: `kind` is network, key, busy, refused, failed, incomplete, broken or stopped. */
+/** What went wrong: `kind` is network, key, busy, refused, failed, unanswered,
+ * incomplete, broken or stopped. */
 export class Failure extends Error {
   constructor(kind, { status = 0, message = "", retryAfter = 0 } = {}) {
     super(message || kind);
@@ -84,7 +85,7 @@ export async function ask(model, messages, { signal, onText }) {
 }
 
 function take(event, answer, onText) {
-  if (event.error) throw new Failure("broken", { message: event.error.message });
+  if (event.error) throw new Failure(answer.text ? "broken" : "unanswered", { message: event.error.message });
   answer.requestId = event.id ?? answer.requestId;
   answer.usage = event.usage ?? answer.usage;
   answer.details = event.rayft ?? answer.details;
