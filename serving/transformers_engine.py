@@ -409,7 +409,7 @@ class TransformersEngine:
         text, tokens = "", 0
         if row.assembler is not None:
             self._emit(row, row.assembler.finish())
-            text, tokens = row.assembler.text, len(row.assembler.tokens)
+            text, tokens = row.assembler.text, row.assembler.text_tokens
         started = row.started_at if row.started_at > row.queued_at else now
         row.completion.set_result(
             Completion(
