@@ -36,14 +36,38 @@ ANSWER_MARK = "<ANSWER>:"
 _PROBE = "rayft?"
 _NOT_SPACE = re.compile(r"\S+")
 
-# Text that would let a document pose as markup, as a target or as another speaker: our own marks, and the control
-# tokens of the usual chat templates (ChatML and Llama 3 `<|…|>`, DeepSeek `<｜…｜>`, Gemma, Mistral, Llama 2).
+# Characters that are not seen, between the letters of a tag or a mark.
+_UNSEEN = r"\u200b-\u200f\u2060-\u2064\ufeff\u00ad"
+_GAP = rf"[\s/／{_UNSEEN}]*+"  # possessive, as a hostile text of blanks would cost its length squared otherwise
+
+
+def _word(word: str) -> str:
+    """A pattern for a word, whatever hidden characters stand in it."""
+    return f"[{_UNSEEN}]*+".join(["", *word, ""])
+
+
+# Text that would let a document pose as markup, as a target or as another speaker: our own marks, tags of roles, and
+# what the tokenizers of the usual families turn into control tokens: `<|…|>` (ChatML, Llama 3), `<｜…｜>` (DeepSeek),
+# `<start_of_turn>`, `<turn|>`, `<unused7>` (Gemma), `<s>`, `<<SYS>>`, `[INST]` (Llama 2, Mistral), `[TOOL_CALLS]`
+# (Mistral), `<think>`, `<tool_call>` (Qwen), `<file_sep>` (SmolLM2), `<BOS_TOKEN>` (Command R), `[gMASK]` (GLM).
+# Other tags, such as `<b>` and `vector<int>`, stay as they are.
+_CONTROL = (
+    r"(?:s|bos|eos|pad|unk|mask|cls|sep|sop|eop|eod|eot|think|image|filename|reponame|endoftext|(?:unused|reserved)\d+"
+    r"|system|developer|user|assistant|human|model|tool|\w{0,40}_\w{0,40}|[\w\u2581]{0,40}[|｜][\w|｜\u2581]{0,40})"
+)
+_BRACKETED = r"(?:INST|IMG|THINK|ARGS|PREFIX|MIDDLE|SUFFIX|AUDIO|[A-Z]+(?:_[A-Z]+)+)"
+_MARK = rf"{_word('begin_quote')}|{_word('end_quote')}|\s*Reason|\s*Answer"
 _MARKUP = re.compile(
-    r"<(?=\s*/?\s*document\b|[|｜]|\s*/?\s*ANSWER\s*>|/?(?:s|bos|eos|pad|unk)>|/?(?:start|end)_of_turn|<?/?SYS>)"
-    r"|\[(?=/?INST\])|##(?=begin_quote|end_quote|\s*Reason|\s*Answer)",
+    rf"[<＜](?={_GAP}{_word('document')}\b|[|｜]|{_GAP}{_word('ANSWER')}\s*[>＞]|[/／]?{_CONTROL}[>＞]"
+    r"|/?(?:start|end)_of_turn|<?/?SYS>)"
+    rf"|\[(?=(?-i:/?{_BRACKETED})\]|INST\]|/INST\]|[gs]MASK\])"
+    rf"|##(?={_MARK})",
     re.I,
 )
-_ESCAPES = {"<": "&lt;", "[": "&#91;", "##": "# #"}
+_ESCAPES = {"<": "&lt;", "＜": "&#65308;", "[": "&#91;", "##": "# #"}
+# Only before a mark: in `##end_quote## # #begin_quote##`, the first `# #` is none.
+_ESCAPED = re.compile(rf"&lt;|&#65308;|&#91;|# #(?={_MARK})", re.I)
+_ESCAPED_BY = {escaped: plain for plain, escaped in _ESCAPES.items()}
 _ANSWER_SPLIT = re.compile(r"<ANSWER>\s*[:\uff1a]?|##\s*Answer\s*[:\uff1a]", re.I)
 _REASON = re.compile(r"##\s*Reason\s*[:\uff1a]", re.I)
 # A quote that a cut-off completion leaves open ends where the next mark begins.
@@ -276,9 +300,7 @@ def escape(text: str) -> str:
 
 def unescape(text: str) -> str:
     """The inverse of `escape`, which also takes for an escape what a text may hold of itself (`&lt;`)."""
-    for plain, escaped in _ESCAPES.items():
-        text = text.replace(escaped, plain)
-    return text
+    return _ESCAPED.sub(lambda match: _ESCAPED_BY[match.group().lower()], text)
 
 
 def _as_written(text: str) -> str:
