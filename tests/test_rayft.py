@@ -17,6 +17,7 @@ from cluster.recipe import load_recipe
 from cluster.releases import open_release
 from cluster.store import Store
 from retrieval.records import Question
+from training.config import TrainingRecipe
 
 ROOT = Path(rayft.__file__).parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -35,6 +36,9 @@ COMMANDS = (
     ["samples", "show"],
     ["train", "lora"],
     ["train", "retriever"],
+    ["feedback", "review"],
+    ["feedback", "export"],
+    ["feedback", "improve"],
 )
 
 
@@ -230,3 +234,16 @@ def test_demo_on_a_small_region_builds_measures_and_serves_and_skips_the_second_
     after = open_release(store, "small")
     assert after.adapters == served.adapters and after.samples == served.samples
     assert after.index != served.index and after.index.version == store.current("index", "small")
+
+
+def test_training_workers_read_their_part_of_every_recipe():
+    for name in RECIPES:
+        recipe = load_recipe(name.removesuffix(".yaml"), [], rayft.Recipe)
+        part = TrainingRecipe.model_validate(recipe.training_values())
+        assert (part.name, part.questions, part.samples, part.lora) == (
+            recipe.name,
+            recipe.questions,
+            recipe.samples,
+            recipe.lora,
+        )
+        assert part.router.out_of_scope == recipe.router.out_of_scope

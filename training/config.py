@@ -6,7 +6,7 @@ Imports no torch, ray or faiss.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -246,3 +246,12 @@ class TrainingRecipe(RetrievalRecipe):
     train: TrainConfig = TrainConfig()
     retriever: RetrieverTraining = RetrieverTraining()
     router: IntentTraining = IntentTraining()
+
+    def training_values(self) -> dict[str, Any]:
+        """The values that the training room knows, for workers: they need not know the class of the whole recipe, whose
+        sections may hold more than this room's (serving's `router`)."""
+        own = {name: field.annotation for name, field in TrainingRecipe.model_fields.items()}
+        sections = {name: kind for name, kind in own.items() if isinstance(kind, type) and issubclass(kind, Section)}
+        return self.model_dump(
+            include={name: set(sections[name].model_fields) if name in sections else True for name in own}
+        )

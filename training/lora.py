@@ -160,7 +160,7 @@ def _build(
         say(f"train {role}: there are no validation rows (samples.validation_rows): trains to the end unmeasured")
     work = store.work_uri(attempt.ref)
     config = WorkerConfig(
-        recipe=recipe.model_dump(include=set(TrainingRecipe.model_fields)),
+        recipe=recipe.training_values(),
         prompt_format=PromptFormat.load(recipe.prompt, recipe.language),
         samples=samples,
         objective=objective,

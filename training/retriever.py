@@ -199,7 +199,7 @@ def _job(
         )
     ]
     return RetrieverJob(
-        recipe=recipe.model_dump(include=set(TrainingRecipe.model_fields)),
+        recipe=recipe.training_values(),
         rows=mined.rows,
         validation=divided.validation,
         validation_pool=pools[0],

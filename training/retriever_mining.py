@@ -74,7 +74,7 @@ def mine(
     blocks = _blocks(questions)
     answers: dict[int, list[dict[str, Any]]] = {}
     with track("mine negatives", sum(map(len, questions.values())), "questions") as bar:
-        for reply in _search(recipe, blocks, (recipe.model_dump(), index, hidden)):
+        for reply in _search(recipe, blocks, (recipe.training_values(), index, hidden)):
             if reply["fault"]:
                 raise UserError(reply["fault"])
             answers[reply["block"]] = json.loads(reply["answers"])
@@ -128,8 +128,7 @@ class _Searcher:
     """Ray Data actor: searches for a block of questions."""
 
     def __init__(self, recipe: Mapping[str, Any], index: Artifact, hidden: frozenset[str]) -> None:
-        known = {name: value for name, value in recipe.items() if name in TrainingRecipe.model_fields}
-        self.recipe = TrainingRecipe.model_validate(known)
+        self.recipe = TrainingRecipe.model_validate(recipe)
         self.index = index
         self.hidden = hidden
 

@@ -110,8 +110,7 @@ def build_samples(recipe: TrainingRecipe, store: Store, index: Artifact) -> Arti
 
 
 def _build(recipe: TrainingRecipe, index: Artifact, attempt: Attempt) -> Outcome:
-    own = {name: value for name, value in recipe.model_dump().items() if name in TrainingRecipe.model_fields}
-    config = TrainingRecipe.model_validate(own)  # workers need not know the whole recipe's class
+    config = TrainingRecipe.model_validate(recipe.training_values())  # workers need not know the whole recipe's class
     prompt_format = PromptFormat.load(config.prompt, config.language)
     prepared = prepare_questions(config)
     held_out = frozenset(held_out_documents(prepared.questions))

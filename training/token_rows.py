@@ -132,7 +132,7 @@ def _write_objective(
 ) -> list[dict[str, Any]]:
     """Writes the objective's files; what each holds, in order."""
     units = _cut(_row_counts(samples, objective))
-    arguments = (recipe.model_dump(include=set(TrainingRecipe.model_fields)), samples, objective, prompt_format, uri)
+    arguments = (recipe.training_values(), samples, objective, prompt_format, uri)
     # One file gives workers nothing to share, and starting them takes longer than the work itself.
     if len(units) <= 1 and recipe.ray.address is None:
         written = [_Writer(*arguments).write(number, unit) for number, unit in enumerate(units)]
