@@ -127,7 +127,10 @@ class ServeConfig(Section):
     follow_releases_s: float = Field(default=5, ge=0)
     """Seconds between looks at which release is promoted, to take it up; 0 stays with the one that it started with."""
     follow_up: Literal["rules", "model", "off"] = "rules"
-    """How the standalone question of a later turn is made from the history: by rules, by the generator, or not."""
+    """How the standalone question of a later turn is made from the history: by rules, by the base model (a third hop to
+    the first token; the rules stand in for a reply that is no question), or not."""
+    follow_up_prompt: str = ""
+    """A prompt file of your own for `model` (see serving/prompts/follow_up_en.yaml); empty takes the language's."""
     citation_shapes: tuple[Literal["azure", "perplexity"], ...] = ()
     """Shapes in which citations are given beside OpenAI's and our own."""
     keys: str = ""

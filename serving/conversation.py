@@ -2,7 +2,8 @@
 
 In: a question with who asks and what they wish, and the doors to retriever, generator and feedback. Out: an `Answer`,
 or pieces of readable text and then the `Answer`. The first token is at most two hops away: one search, which also
-embeds the question for the router, and one generation. One release answers a question from its first hop to its last.
+embeds the question for the router, and one generation; a third, where a later turn is rewritten by the model.
+One release answers a question from its first hop to its last.
 Not covered: admission and deadlines (serving/api.py), which release is current (serving/live_releases.py).
 """
 
@@ -22,6 +23,7 @@ from serving.answering import Prepared, combine, finish, prepare, verified
 from serving.config import GenerationConfig
 from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
+from serving.follow_up import FollowUp, RewritePrompt, by_rules, rewriting, rewritten
 from serving.interfaces import (
     ANYBODY,
     Caller,
@@ -38,7 +40,7 @@ from serving.interfaces import (
 )
 from serving.observing import Watch
 from serving.reading import AnswerReader
-from serving.records import Answer, Interaction, Route
+from serving.records import Answer, Interaction, Route, Usage
 from serving.router import RouteQuery, Router, known_facts
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy, require_strategy
 from training.format import Message, PromptFormat, WorkedExample
@@ -90,6 +92,10 @@ class ServedRelease:
     """Passages of the index that everybody may see."""
     update_frequencies: Mapping[str, str] = field(default_factory=dict)
     """How often each collection changes, as its recipe declares it; "" names a recipe's only corpus."""
+    follow_up: FollowUp = "rules"
+    """How a later turn's question is made to stand alone."""
+    rewrite_prompt: RewritePrompt | None = None
+    """What the base model is asked with `follow_up` `model`; without it, the rules are taken."""
 
     @property
     def name(self) -> str:
@@ -130,6 +136,8 @@ class _Question:
     hits: tuple[Hit, ...] = ()
     retrieval_ms: float = 0.0
     cached_tokens: int = 0
+    rewriting: Usage = field(default_factory=Usage)
+    """Tokens that making the question stand alone has taken."""
 
     @property
     def standalone(self) -> str:
@@ -219,6 +227,7 @@ class Conversation:
         the search comes first, because the router reads the question's embedding and what was found."""
         require_strategy(ask.strategy, self.release.available, ask.caller.strategies)
         question = _Question(ask, ask.question, time.perf_counter())
+        await self._make_standalone(question)
         if ask.strategy != AUTO:
             question.route = self._route(question, None, {})
             if question.route.strategy == HYBRID or STRATEGIES[question.route.strategy].retrieves:
@@ -230,6 +239,27 @@ class Conversation:
             known = known_facts(question.hits, self.release.update_frequencies, await self._passage_tokens(question))
         question.route = self._route(question, embedding, known)
         return question
+
+    async def _make_standalone(self, question: _Question) -> None:
+        """Puts what the earlier turns imply into the question; by the model, that is one more hop."""
+        ask, release = question.ask, self.release
+        if release.follow_up == "off" or not ask.history:
+            return
+        prompt = release.rewrite_prompt if release.follow_up == "model" else None
+        messages = rewriting(ask.history, ask.question, prompt) if prompt else ()
+        if prompt and messages:
+            request = GenerationRequest(
+                f"{ask.request_id}/question", messages, max_new_tokens=prompt.max_new_tokens, seed=release.seed
+            )
+            with self._watch.span("generate", strategy="question") as span:
+                request = dataclasses.replace(request, traceparent=span.traceparent)
+                reply = await self._doors.generate(request, release.pins)
+            question.rewriting = Usage(reply.prompt_tokens, reply.completion_tokens)
+            question.cached_tokens += reply.cached_tokens
+            if reply.finish_reason == "stop" and (found := rewritten(reply.text, ask.history, ask.question)):
+                question.text = found
+                return
+        question.text = by_rules(ask.history, ask.question)
 
     def _route(self, question: _Question, embedding: npt.NDArray[np.float32] | None, known: Mapping[str, Any]) -> Route:
         ask = question.ask
@@ -363,7 +393,11 @@ class Conversation:
 
     def _done(self, question: _Question, answer: Answer) -> Answer:
         """The answer, told to feedback and metrics."""
-        ask, route = question.ask, answer.route
+        ask, route, more = question.ask, answer.route, question.rewriting
+        usage = Usage(
+            answer.usage.prompt_tokens + more.prompt_tokens, answer.usage.completion_tokens + more.completion_tokens
+        )
+        answer = dataclasses.replace(answer, usage=usage)
         interaction = Interaction(
             request_id=ask.request_id,
             at=time.time(),

@@ -18,6 +18,7 @@ from cluster.releases import Release
 from cluster.store import ArtifactRef, Store
 from serving.config import ServingRecipe
 from serving.conversation import ServedRelease
+from serving.follow_up import RewritePrompt, load_rewrite_prompt
 from serving.interfaces import Pins
 from serving.strategies import available_strategies
 from training.format import FORMAT_VERSION, PromptFormat
@@ -63,7 +64,15 @@ def served_release(recipe: ServingRecipe, store: Store, release: Release) -> Ser
         seed=recipe.seed,
         passages=_public_chunks(store.open_ref(release.index)) if release.index else 0,
         update_frequencies=_update_frequencies(store.open_ref(release.index)) if release.index else {},
+        follow_up=recipe.serve.follow_up,
+        rewrite_prompt=_rewrite_prompt(recipe),
     )
+
+
+def _rewrite_prompt(recipe: ServingRecipe) -> RewritePrompt | None:
+    if recipe.serve.follow_up != "model":
+        return None
+    return load_rewrite_prompt(recipe.serve.follow_up_prompt, recipe.language)
 
 
 @dataclass(frozen=True)
