@@ -268,7 +268,7 @@ def test_serve_command_serves_an_index_only_release_until_sigterm(tiny_models, t
         assert process.poll() is None, log.read_text()
         url = f"http://127.0.0.1:{port}"
         models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
-        assert models == ["rayft-base", "rayft-rag", "rayft-auto"]
+        assert models[:3] == ["rayft-base", "rayft-rag", "rayft-auto"]
         reply = ask_over_http(url, "What does Ghana export?")
         assert reply.details["strategy"] == "rag" and reply.details["release"].startswith("release/tiny/")
         assert len(reply.details["hits"]) == 3 and reply.details["hits"][0]["title"] == "Ghana"
