@@ -1,19 +1,46 @@
 """The readable part of a completion while it is still being generated.
 
 In: pieces of raw text. Out: pieces of the answer as a person reads it: nothing before the answer mark where the model
-writes one (quotes are checked and shown as sources at the end), white space as in the finished answer, no markers.
-Joined, the pieces and the rest that `end` returns are the text of `serving.answering.readable`.
-Not covered: transport.
+writes one (quotes are checked and shown as sources at the end), white space as in the finished answer, no markers, no
+escapes. Joined, the pieces and the rest that `end` returns are the text of `serving.answering.readable`; a model that
+answers twice has its second answer, which counts, on a line of its own. Not covered: transport.
 """
 
 from __future__ import annotations
 
+import re
+
 from serving.answering import readable
 from serving.records import Answer
 from serving.strategies import Strategy
-from training.format import ANSWER_MARK, BEGIN_QUOTE, END_QUOTE, Labels
+from training.format import Labels
 
-_MARKERS = (ANSWER_MARK, BEGIN_QUOTE, END_QUOTE, "##Answer", "##Reason")
+_ANSWER = re.compile(r"<ANSWER>\s*[:\uff1a]?|##\s*Answer\s*[:\uff1a]", re.I)
+# Where streaming ends, in units: what follows a mark is no part of the answer, and what an escape stands for is known
+# only from the whole answer (`training.format.unescape`).
+_ENDS = (
+    "<ANSWER>",
+    "##begin_quote##",
+    "##end_quote##",
+    ("#", "#", " ?", *"Answer", " ?", "[:\uff1a]"),
+    ("#", "#", " ?", *"Reason", " ?", "[:\uff1a]"),
+    "&lt;",
+    "&#91;",
+    "&#65308;",
+    "# #",
+)
+
+
+def _begun(units: tuple[str, ...] | str) -> str:
+    """A pattern for any beginning of the units."""
+    pattern = ""
+    for unit in reversed(units[:-1]):
+        pattern = f"{unit}(?:{pattern})?" if pattern else unit
+    return pattern
+
+
+_END = re.compile("|".join("".join(units) for units in _ENDS), re.I)
+_MAY_END = re.compile("(?:" + "|".join(_begun(units) for units in _ENDS) + r")\Z", re.I)
 
 
 class AnswerReader:
@@ -31,10 +58,11 @@ class AnswerReader:
         self._raw += piece
         body = self._raw
         if self._waits:
-            if ANSWER_MARK not in body:
+            mark = _ANSWER.search(body)
+            if mark is None:
                 return ""
-            body = body.split(ANSWER_MARK, 1)[1]
-        return self._show(" ".join(_before_markers(body).split()))
+            body = body[mark.end() :]
+        return self._show(_certain(" ".join(body.split())))
 
     def end(self, answer: Answer) -> str:
         """The rest, when the answer is finished.
@@ -55,12 +83,7 @@ class AnswerReader:
         return piece
 
 
-def _before_markers(text: str) -> str:
-    """Text up to the first marker, or up to what may become one."""
-    places = [text.find(marker) for marker in _MARKERS]
-    end = min((place for place in places if place >= 0), default=len(text))
-    text = text[:end]
-    for length in range(min(len(text), max(map(len, _MARKERS))), 0, -1):
-        if any(marker.startswith(text[-length:]) for marker in _MARKERS):
-            return text[:-length]
-    return text
+def _certain(text: str) -> str:
+    """Text up to the first mark or escape, or up to what may become one."""
+    end = _END.search(text) or _MAY_END.search(text)
+    return text[: end.start()].rstrip() if end else text

@@ -65,3 +65,39 @@ def test_reader_any_text_never_shows_a_whole_marker_and_ends_with_the_answer(tex
     pieces, expected = read(text, strategy)
     assert "".join(pieces).endswith(expected)
     assert not any(marker in "".join(pieces) for marker in (ANSWER_MARK, BEGIN_QUOTE, END_QUOTE))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("text", "strategy"),
+    [
+        ("<ANSWER>: Write &lt;s> and &#91;INST] first", "finetuned"),
+        ("<ANSWER>: if a &lt; b then # # stop", "finetuned"),
+        ("Use &lt;s> here", "rag"),
+        ("<answer> Athens", "finetuned"),
+        ("<ANSWER>：雅典", "finetuned"),
+        ("##Reason: it says so ##Answer: Athens", "raft"),
+        ("Athens ##BEGIN_QUOTE##Athens is the capital.##END_QUOTE##", "rag"),
+        ("## Athens\n## Sparta #1", "rag"),
+        ("1 & 2 # 3 < 4", "rag"),
+    ],
+)
+def test_reader_pieces_joined_are_the_readable_answer_exactly(text, strategy, cut):
+    pieces, expected = read(text, strategy, cut)
+    assert "".join(pieces) == expected
+
+
+def test_reader_heading_of_an_untaught_model_does_not_hold_the_rest_back():
+    pieces, _ = read("## Athens is old and large", "rag")
+    assert "".join(pieces[:-1]) == "## Athens is old and large"
+
+
+def test_reader_unverified_quote_is_never_shown_as_a_source():
+    pieces, _ = read("##begin_quote##Lisbon is the capital.##end_quote##<ANSWER>: Lisbon", "raft")
+    assert "".join(pieces) == "Lisbon (quote not found in the documents)"
+
+
+def test_reader_abstention_names_no_source():
+    text = f"##begin_quote##Athens is the capital.##end_quote##<ANSWER>: {FORMAT.texts.abstention}"
+    pieces, _ = read(text, "raft")
+    assert "".join(pieces) == FORMAT.texts.abstention
