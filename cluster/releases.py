@@ -1,8 +1,8 @@
 """Releases: what was evaluated together is served together.
 
-In: references to an index, samples, adapters and a router, the base model's digest and the prompt-format number. Out: a `release`
-artifact whose `release.json` pins them; `promote` makes one current, `rollback` returns to the one before. Opening
-checks that every pinned artifact exists and that what must agree agrees.
+In: references to an index, samples, adapters and a router, the base model's digest and the prompt-format number. Out: a
+`release` artifact whose `release.json` pins them; `promote` makes one current, `rollback` returns to the one before.
+Opening checks that every pinned artifact exists and that what must agree agrees.
 Not covered: the index's encoder against the query encoder (the retriever checks it when it opens the index).
 """
 
