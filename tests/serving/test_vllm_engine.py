@@ -25,7 +25,7 @@ from tests.serving.tiny import make_adapter, make_base
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed; make test-vllm")
 GENERATION = GenerationConfig(
-    engine="vllm", batch_rows=4, vllm=VllmConfig(enforce_eager=True, max_loras=2, max_lora_rank=16)
+    engine="vllm", batch_rows=4, vllm=VllmConfig(enforce_eager=True, max_loras=4, max_lora_rank=16)
 )
 
 
@@ -67,6 +67,14 @@ class TestVllm(EngineConformance):
         large = make_adapter(models.base, tmp_path / "large", 9, rank=32)
         with pytest.raises(ArtifactError, match=r"rank 32, generation\.vllm\.max_lora_rank is 16: set it to 32"):
             engine.load_adapter("large", large)
+
+    def test_load_adapter_without_a_place_names_the_setting_and_takes_one_that_is_freed(self, engine, models):
+        engine.load_adapter("fourth", models.adapters["raft"])
+        with pytest.raises(UserError, match=r"`fifth` finds no place: generation\.vllm\.max_loras is 4"):
+            engine.load_adapter("fifth", models.adapters["raft"])
+        engine.unload_adapter("fourth")
+        engine.load_adapter("fifth", models.adapters["raft"])
+        engine.unload_adapter("fifth")
 
     def test_load_adapter_of_dora_is_refused_by_vllm_and_the_engine_lives_on(self, engine, models, tmp_path):
         dora = Path(shutil.copytree(models.adapters["raft"], tmp_path / "dora"))
