@@ -204,7 +204,7 @@ def error_of(response, status):
 @contextmanager
 def serving(api):
     """Serves an application on loopback; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
