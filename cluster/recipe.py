@@ -2,6 +2,8 @@
 
 In: a path (or the bare name of a packaged recipe), overrides such as `index.kind=hnsw`, and the typed schema.
 Out: a validated, frozen recipe; or one `UserError` line that names the key, what was found and what was expected.
+A value that begins with `recipe:` names a file beside the recipe that states it (`recipe:shop/products.jsonl`), from
+whatever directory a command is run; everything else that names a file is taken from the working directory.
 Not covered: the sections themselves (each room's `config.py`). Recipes are data: nothing in one is executed.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pydantic
@@ -22,6 +24,8 @@ R = TypeVar("R", bound=pydantic.BaseModel)
 
 PACKAGED = Path(__file__).resolve().parent.parent / "recipes"
 ERRORS_SHOWN = 3
+BESIDE = "recipe:"
+"""Begins a path that is taken from the recipe's own folder."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,7 +87,12 @@ def find_recipe(path: str | Path) -> Path:
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The raw mapping in a recipe file, with what it `extends` and `overrides` merged in; not yet validated."""
-    return with_overrides(_read_chain(find_recipe(path), str(path), ()), overrides)
+    file = find_recipe(path)
+    values = _read_chain(file, str(path), ())
+    for override in overrides:
+        key, value, _ = parse_override(override)
+        _assign(values, key, _resolved(value, file.parent, "--set", key))
+    return values
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def _read_chain(file: Path, shown: str, above: tuple[Path, ...]) -> dict[str, An
     if not isinstance(values, dict):
         raise UserError(f"{shown}: a recipe is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("extends", None)
+    values = {key: _resolved(value, file.parent, shown, key) for key, value in values.items()}
     if base is None:
         return values
     if not isinstance(base, str):
@@ -115,6 +125,24 @@ def _read_chain(file: Path, shown: str, above: tuple[Path, ...]) -> dict[str, An
     beside = file.parent / base
     found = beside if beside.is_file() else find_recipe(base)
     return _merge(_read_chain(found, base, (*above, resolved)), values)
+
+
+def _resolved(value: Any, folder: Path, shown: str, key: str) -> Any:
+    """`value` with each `recipe:` path in it made absolute, taken from `folder`."""
+    if isinstance(value, dict):
+        return {name: _resolved(inner, folder, shown, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolved(inner, folder, shown, f"{key}.{place}") for place, inner in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(BESIDE):
+        return value
+    inner = value.removeprefix(BESIDE)
+    parts = PurePosixPath(inner)
+    if not inner.strip() or parts.is_absolute() or ".." in parts.parts or "\\" in inner:
+        raise UserError(
+            f"{shown}: `{key}`: {BESIDE} names a file in the recipe's own folder or below it, found {value!r}; "
+            f"without {BESIDE}, a path is taken from the working directory"
+        )
+    return str(folder.resolve() / parts)
 
 
 def _one_line(error: yaml.YAMLError) -> str:
