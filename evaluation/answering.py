@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from evaluation.records import Prediction
 from retrieval.records import Hit, Question
-from serving.answering import Prepared, combine, finish, prepare
+from serving.answering import Prepared, combine, finish, passage_tokens, prepare
 from serving.config import GenerationConfig
-from serving.context_budget import CountsTokens
+from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
 from serving.records import Answer, Route, Timings
-from serving.router import RouteQuery
+from serving.router import RouteQuery, known_facts
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy
 from training.format import PromptFormat, WorkedExample
 
@@ -64,6 +64,8 @@ class AnswerSettings:
     release: str = ""
     tokens: CountsTokens | None = None
     """Counts prompts, so that passages are trimmed to the context as in serving."""
+    update_frequencies: Mapping[str, str] = field(default_factory=dict)
+    """How often each collection changes, for the router."""
 
 
 def legs_of(strategy: str) -> tuple[Strategy, ...]:
@@ -87,7 +89,9 @@ class _Asked:
     question: Question
     route: Route
     legs: tuple[Strategy, ...]
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[Prepared, ...] = ()
+    refused: str = ""
+    """Why nothing is asked: the question does not fit the model's context."""
 
 
 def answer_window(
@@ -137,26 +141,50 @@ def _ask(strategy: str, question: Question, hits: Sequence[Hit], settings: Answe
     route = Route(strategy, reason="asked for")
     if strategy == AUTO:
         assert settings.router is not None, "`auto` needs a router"
-        route = settings.router.route(RouteQuery(question.text, question.metadata, request_id=question.question_id))
+        found = hits[: settings.generation.passages]
+        known = known_facts(found, settings.update_frequencies, passage_tokens(found, settings.tokens))
+        query = RouteQuery(question.text, question.metadata, request_id=question.question_id, known=known)
+        route = settings.router.route(query)
     legs = legs_of(route.strategy)
-    prepared = tuple(
-        prepare(
-            question.text,
-            leg,
-            hits,
-            settings.prompt_format,
-            settings.examples,
-            settings.generation,
-            request_id=f"{question.question_id}/{leg.name}",
-            seed=settings.seed,
-            tokens=settings.tokens,
-        )
-        for leg in legs
-    )
+    try:
+        prepared = tuple(_prepare(question, leg, hits, settings) for leg in legs)
+    except ContextLengthError as error:
+        return _Asked(question, route, legs, refused=str(error))
     return _Asked(question, route, legs, prepared)
 
 
+def _prepare(question: Question, leg: Strategy, hits: Sequence[Hit], settings: AnswerSettings) -> Prepared:
+    return prepare(
+        question.text,
+        leg,
+        hits,
+        settings.prompt_format,
+        settings.examples,
+        settings.generation,
+        request_id=f"{question.question_id}/{leg.name}",
+        seed=settings.seed,
+        tokens=settings.tokens,
+    )
+
+
 def _answer(item: _Asked, completions: dict[str, Completion], settings: AnswerSettings, retrieval_ms: float) -> Answer:
+    if item.refused:
+        refused = Completion(
+            f"{item.question.question_id}/{item.legs[0].name}",
+            finish_reason="error",
+            error=item.refused,
+            error_code="context_length_exceeded",
+        )
+        made = finish(
+            refused,
+            item.legs[0],
+            (),
+            settings.prompt_format,
+            question_id=item.question.question_id,
+            route=item.route,
+            release=settings.release,
+        )
+        return dataclasses.replace(made, strategy=item.route.strategy)
     answers = [
         finish(
             completions[prepared.request.request_id],

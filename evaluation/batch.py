@@ -30,6 +30,7 @@ from evaluation.selection import questions_digest, require_distinct, select_ques
 from evaluation.windows import WindowLedger, read_predictions
 from retrieval.records import Question
 from retrieval.retriever import require_chunks
+from serving.opened_release import update_frequencies
 from serving.strategies import AUTO, Strategy, require_strategy
 from training.format import FORMAT_VERSION, PromptFormat, prompt_path
 
@@ -235,6 +236,7 @@ def _do_missing(recipe: EvaluationRecipe, parts: Parts, jobs: Sequence[_Job], ru
         router=run.router,
         seed=recipe.seed,
         release=run.release,
+        update_frequencies=update_frequencies(parts.index),
     )
     by_strategy = {job.strategy: job for job in jobs}
     total = sum(len(job.questions) + len(job.timed) for job in jobs)

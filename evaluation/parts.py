@@ -14,6 +14,7 @@ from cluster.store import Artifact, ArtifactRef, Store
 from evaluation.answering import ChoosesRoute, Generates, Searches
 from evaluation.config import EvaluationRecipe
 from evaluation.pipeline import Runner, Workers, run_on_ray
+from serving.context_budget import CountsTokens
 from serving.strategies import available_strategies
 from training.format import WorkedExample
 
@@ -72,6 +73,7 @@ def default_run(recipe: EvaluationRecipe, store: Store, parts: Parts, release: s
     workers = Workers(
         functools.partial(_open_engine, recipe, store, adapters),
         functools.partial(_open_retriever, recipe, store, parts.index.ref),
+        functools.partial(_open_tokens, recipe),
     )
     return BatchRun(workers, run_on_ray(recipe.evaluate), Router(recipe.router, parts.strategies()), release)
 
@@ -87,6 +89,13 @@ def _open_engine(recipe: EvaluationRecipe, store: Store, adapters: Mapping[str, 
         recipe.generation.batch_rows,
         recipe.generation.threads,
     )
+
+
+def _open_tokens(recipe: EvaluationRecipe) -> CountsTokens:
+    from serving.prompt_tokens import PromptTokens
+    from training.base_model import base_model_directory
+
+    return PromptTokens(base_model_directory(recipe.model))
 
 
 def _open_retriever(recipe: EvaluationRecipe, store: Store, index: ArtifactRef) -> Searches:

@@ -7,6 +7,7 @@ is loaded once per actor and not once per strategy. Not covered: what is durable
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ from evaluation.answering import AnswerSettings, Generates, Searches, answer_sin
 from evaluation.config import EvaluateConfig
 from evaluation.records import Prediction
 from retrieval.records import Hit, Question
+from serving.context_budget import CountsTokens
 
 _CACHED_QUERIES = 50_000
 # Ray Data's own defaults restart and retry without end, so a window that kills its worker would never be given up.
@@ -51,10 +53,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Workers:
-    """How to open what answers questions; both are called where the work is done, so they must pickle."""
+    """How to open what answers questions; all are called where the work is done, so they must pickle."""
 
     open_engine: Callable[[], Generates]
     open_retriever: Callable[[], Searches] | None
+    open_tokens: Callable[[], CountsTokens] | None = None
+    """The model's tokenizer, by which passages are trimmed to its context; without it nothing is trimmed."""
 
 
 Runner = Callable[[Workers, AnswerSettings, Sequence[Task]], Iterator[Result]]
@@ -96,6 +100,8 @@ class AnswerStep:
     def __init__(self, workers: Workers, settings: AnswerSettings, retrieve: RetrieveStep | None = None) -> None:
         self._workers = workers
         self._settings = settings
+        if workers.open_tokens is not None:
+            self._settings = dataclasses.replace(settings, tokens=workers.open_tokens())
         self._retrieve = retrieve
         self._engine = workers.open_engine()
         self._warm: set[str] = set()

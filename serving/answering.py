@@ -89,6 +89,13 @@ def prepare(
     return Prepared(request, tuple(found[place] for place in places), len(found) - len(places))
 
 
+def passage_tokens(hits: Sequence[Hit], tokens: CountsTokens | None) -> int | None:
+    """Tokens of the passages found, for the router's rules on `context_length`; none where they cannot be counted."""
+    if tokens is None:
+        return None
+    return tokens.count([{"role": "user", "content": "\n".join(hit.passage.text for hit in hits)}])
+
+
 def finish(
     completion: Completion,
     strategy: Strategy,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval.filters import Filter, all_of
 from retrieval.records import Hit
-from serving.answering import Prepared, combine, finish, prepare, verified
+from serving.answering import Prepared, combine, finish, passage_tokens, prepare, verified
 from serving.config import GenerationConfig
 from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
@@ -236,7 +236,8 @@ class Conversation:
         embedding, known = None, {}
         if self.release.pins.index:
             embedding = await self._retrieve(question, embed=True)
-            known = known_facts(question.hits, self.release.update_frequencies, await self._passage_tokens(question))
+            length = await asyncio.to_thread(passage_tokens, question.hits, self._tokens)
+            known = known_facts(question.hits, self.release.update_frequencies, length)
         question.route = self._route(question, embedding, known)
         return question
 
@@ -281,12 +282,6 @@ class Conversation:
         question.hits = found.hits
         question.retrieval_ms = (time.perf_counter() - began) * 1000
         return found.embedding
-
-    async def _passage_tokens(self, question: _Question) -> int | None:
-        if self._tokens is None:
-            return None
-        texts = "\n".join(hit.passage.text for hit in question.hits)
-        return await asyncio.to_thread(self._tokens.count, [{"role": "user", "content": texts}])
 
     async def _prepare(self, question: _Question, strategy: Strategy, leg: str = "") -> Prepared:
         """The request, its passages fitted to the model's context; tokenising happens in a thread. `leg` tells the two

@@ -63,7 +63,7 @@ def served_release(recipe: ServingRecipe, store: Store, release: Release) -> Ser
         generation=recipe.generation,
         seed=recipe.seed,
         passages=_public_chunks(store.open_ref(release.index)) if release.index else 0,
-        update_frequencies=_update_frequencies(store.open_ref(release.index)) if release.index else {},
+        update_frequencies=update_frequencies(store.open_ref(release.index)) if release.index else {},
         follow_up=recipe.serve.follow_up,
         rewrite_prompt=_rewrite_prompt(recipe),
     )
@@ -113,7 +113,7 @@ def _public_chunks(index: Artifact) -> int:
     return int(counts.get("public_chunks", counts["chunks"]))
 
 
-def _update_frequencies(index: Artifact) -> Mapping[str, str]:
+def update_frequencies(index: Artifact) -> Mapping[str, str]:
     """By collection; an index of one corpus declares none."""
     from retrieval.collections import is_catalog, read_catalog
 

@@ -14,11 +14,13 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.store import Store
-from evaluation.answering import AnswerSettings
+from evaluation.answering import AnswerSettings, answer_window
 from evaluation.batch import answer_all, load_predictions, load_single_requests, predictions_plan
 from evaluation.pipeline import AnswerStep, Task, Workers
 from evaluation.windows import WindowLedger
+from retrieval.records import Hit, Passage, Question
 from serving.config import GenerationConfig
+from serving.engine import Completion
 from serving.records import Route
 from tests.evaluation.fakes import FakeEngine, FakeRetriever, make_parts, make_questions, make_recipe, make_run
 from training.format import PromptFormat
@@ -294,3 +296,34 @@ def test_requests_reach_the_engine_sorted_by_length(store, tmp_path):
     lengths = {f"{question.question_id}/base": len(question.text) for question in questions}
     order = [lengths[name] for name in asked_ids(tmp_path / "log")]
     assert order == sorted(order)
+
+
+class _Words:
+    """A token is a word."""
+
+    window = 100
+
+    def count(self, messages):
+        return sum(len(message["content"].split()) for message in messages)
+
+
+def test_answer_window_trims_and_refuses_as_serving_does(tmp_path):
+    recipe = make_recipe(str(tmp_path))
+    settings = AnswerSettings(PromptFormat.load(recipe.prompt, "en"), GenerationConfig(max_new_tokens=10))
+    long, short = Question("q1", "why " * 99), Question("q2", "Why?")
+    passages = [Passage(f"c{n}", f"d{n}", "T", "", "", "word " * 30, 0, 150) for n in range(3)]
+    hits = [Hit(passage, 1.0, rank) for rank, passage in enumerate(passages, start=1)]
+    asked = []
+
+    class Engine:
+        def generate(self, requests):
+            asked.extend(requests)
+            return [Completion(request.request_id, "Because") for request in requests]
+
+    trimmed = dataclasses.replace(settings, tokens=_Words())
+    refused, answered = answer_window("rag", [long, short], [hits, hits], Engine(), trimmed)
+    assert "without any passage" in refused.answer.error and refused.answer.abstained
+    assert len(asked) == 1 and answered.answer.answer == "Because"
+    assert (answered.answer.passages_left_out, len(answered.answer.hits)) == (1, 2)
+    [whole] = answer_window("rag", [short], [hits], Engine(), settings)
+    assert (whole.answer.passages_left_out, len(whole.answer.hits)) == (0, 3)
