@@ -118,7 +118,8 @@ def finish(
         hits: The hits that the prompt shows (`Prepared.hits`).
         prompt_format: The format that the prompt was written in.
         question_id: Id of the question, offline.
-        route: How the strategy was chosen; none says that it was asked for.
+        route: How the strategy was chosen; none says that it was asked for. With `require_quote`, an answer without a
+            verified quote becomes an abstention.
         retrieval_ms: Milliseconds spent searching.
         total_ms: Milliseconds from question to answer; none adds up the hops.
         release: The release that answered.
@@ -128,8 +129,9 @@ def finish(
     shown = tuple(hits) if strategy.retrieves else ()
     parsed = prompt_format.parse(completion.text, [hit.passage for hit in shown])
     failed = completion.finish_reason == "error"
+    route = route or Route(strategy.name, reason="asked for")
     hops = retrieval_ms + completion.queue_ms + completion.generation_ms
-    return Answer(
+    answer = Answer(
         request_id=completion.request_id,
         question_id=question_id,
         text=completion.text,
@@ -138,7 +140,7 @@ def finish(
         quotes=parsed.quotes,
         citations=parsed.citations,
         strategy=strategy.name,
-        route=route or Route(strategy.name, reason="asked for"),
+        route=route,
         abstained=parsed.abstained or failed,
         finish_reason=completion.finish_reason,
         error=completion.error,
@@ -154,6 +156,15 @@ def finish(
         standalone=standalone,
         passages_left_out=passages_left_out,
     )
+    if route.require_quote and not answer.abstained and not verified(answer):
+        reason = f"{route.reason}; no quote verified, so there is no answer"
+        return _abstention(dataclasses.replace(answer, route=dataclasses.replace(route, reason=reason)), prompt_format)
+    return answer
+
+
+def _abstention(answer: Answer, prompt_format: PromptFormat) -> Answer:
+    """The answer as an abstention; what was found stays with it."""
+    return dataclasses.replace(answer, answer=prompt_format.texts.abstention, quotes=(), citations=(), abstained=True)
 
 
 def _without_markers(text: str) -> str:
@@ -176,9 +187,7 @@ def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, rou
     elif not closed_book.abstained:
         chosen = dataclasses.replace(closed_book, hits=cited.hits, passages_left_out=cited.passages_left_out)
     else:
-        chosen = dataclasses.replace(
-            cited, answer=prompt_format.texts.abstention, quotes=(), citations=(), abstained=True
-        )
+        chosen = _abstention(cited, prompt_format)
     slower = max(cited.timings_ms, closed_book.timings_ms, key=lambda timings: timings.total)
     return dataclasses.replace(
         chosen,

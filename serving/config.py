@@ -175,3 +175,11 @@ class ServingRecipe(TrainingRecipe):
     serve: ServeConfig = ServeConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _required_quotes_are_written(self) -> Self:
+        if not self.prompt.quotes and any(rule.require_quote for rule in self.router.rules):
+            raise ValueError(
+                "router.rules require a quote (`require_quote`), but prompt.quotes is false: none is written"
+            )
+        return self

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval.filters import Filter, all_of
 from retrieval.records import Hit
-from serving.answering import Prepared, combine, finish, passage_tokens, prepare, verified
+from serving.answering import Prepared, combine, finish, passage_tokens, prepare, readable, verified
 from serving.config import GenerationConfig
 from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
@@ -172,7 +172,9 @@ class Conversation:
             UserError: The strategy cannot be served.
             GenerationFailedError: The engine could not serve the request, or it does not fit the model's context.
         """
-        question = await self._understand(ask)
+        return await self._answer_whole(await self._understand(ask))
+
+    async def _answer_whole(self, question: _Question) -> Answer:
         if question.route.strategy == HYBRID:
             return self._done(question, await self._hybrid(question))
         strategy = STRATEGIES[question.route.strategy]
@@ -186,13 +188,13 @@ class Conversation:
         `StreamBrokenError` where the rest of an answer is lost.
 
         Joined, the pieces are the readable text of the answer. `hybrid` comes in one piece, as soon as it is known
-        which of its two answers counts.
+        which of its two answers counts, and so does what needs a verified quote (`Route.require_quote`).
         """
         question = await self._understand(ask)
         labels = self.release.prompt_format.texts.labels
-        if question.route.strategy == HYBRID:
-            answer = self._done(question, await self._hybrid(question))
-            yield AnswerReader(STRATEGIES[HYBRID_CITED], labels).end(answer)
+        if question.route.strategy == HYBRID or question.route.require_quote:
+            answer = await self._answer_whole(question)
+            yield readable(answer, labels)
             yield answer
             return
         strategy = STRATEGIES[question.route.strategy]

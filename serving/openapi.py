@@ -90,7 +90,7 @@ def _responses() -> dict[str, Any]:
             {
                 "request_id": _TEXT,
                 "strategy": _TEXT,
-                "route": _object({**route, "propensity": _NUMBER, "experiment": _TEXT}),
+                "route": _object({**route, "propensity": _NUMBER, "experiment": _TEXT, "require_quote": _BOOL}),
                 "reasoning": _TEXT,
                 "quotes": _array(_TEXT),
                 "citations": _array(_ref("Citation")),

@@ -21,6 +21,8 @@ class Route(Record):
     """Probability with which this strategy was taken: below 1 where it was drawn (A/B test, learned weights)."""
     experiment: str = ""
     """The A/B test that drew it."""
+    require_quote: bool = False
+    """An answer without a verified quote became an abstention, or would have."""
 
 
 @dataclass(frozen=True)

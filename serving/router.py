@@ -128,6 +128,7 @@ class Router:
                 continue
             shares = {name: share for name, share in _shares(rule).items() if share > 0}
             open_shares = {name: share for name, share in shares.items() if decision.can_take(name)}
+            decision.require_quote |= rule.require_quote  # whatever stands in for a rule keeps its promise
             if not open_shares:
                 continue
             found = f" ({decision.guess.how})" if rule.intent and decision.guess.how else ""
@@ -182,6 +183,7 @@ class _Decision:
     def __init__(self, query: RouteQuery, available: Collection[str], guess: Guess) -> None:
         self.query = query
         self.guess = guess
+        self.require_quote = False
         self._available = available
         self._lacking: dict[str, str] = {}
 
@@ -209,6 +211,7 @@ class _Decision:
             reason=reason + passed_over,
             propensity=propensity,
             experiment=experiment,
+            require_quote=self.require_quote,
         )
 
 

@@ -15,6 +15,8 @@ RoutedStrategy = Literal["base", "rag", "rag_fewshot", "finetuned", "finetuned_r
 MetadataValue = str | int | float | bool
 
 SHARES_TOLERANCE = 1e-6
+QUOTING: tuple[RoutedStrategy, ...] = ("raft", "rag_fewshot", "hybrid")
+"""Strategies whose model was taught or shown to quote the passages."""
 
 
 class PolicyRule(Section):
@@ -37,6 +39,10 @@ class PolicyRule(Section):
     """Request metadata that must be equal, or equal to one of several (`update_frequency: [daily, hourly]`)."""
     metadata_above: dict[str, float] = Field(default_factory=dict)
     """Request metadata that must be greater (`reasoning_depth: 3`, `context_length: 2000`)."""
+    require_quote: bool = False
+    """An answer none of whose quotes verifies becomes an abstention, and nothing is streamed before that is known. It
+    holds for whatever stands in for a strategy that the release lacks, too. A caller who asks for a strategy by name
+    gets that strategy, without this condition."""
 
     @model_validator(mode="after")
     def _takes_one_way(self) -> Self:
@@ -48,6 +54,11 @@ class PolicyRule(Section):
             )
         if any(share < 0 or not math.isfinite(share) for share in self.split.values()):
             raise ValueError(f"split: shares are 0 or more, got {self.split}")
+        without = [name for name in (self.strategy, *self.split) if name and name not in QUOTING]
+        if self.require_quote and without:
+            raise ValueError(
+                f"`require_quote` needs a strategy that quotes ({', '.join(QUOTING)}); {without[0]} would never answer"
+            )
         total = sum(self.split.values())
         if self.split and abs(total - 1) > SHARES_TOLERANCE:
             raise ValueError(f"split of {self.experiment}: shares must add up to 1, got {total:g}")
