@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from serving.records import Answer
     from training.asking import LocalTeacher
 
-PATH_KEYS = ("model.base", "model.chat_template", "encoder.model", "teacher.model")
+PATH_KEYS = ("model.base", "model.chat_template", "encoder.model", "teacher.model", "router.examples")
 """Recipe keys that may hold a local path although their name does not say so."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
@@ -166,10 +166,12 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the graph up at the end, until Ctrl-C.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Run every stage: index, a first answer, samples, two adapters, evaluation, the served graph."""
+    """Run every stage: index, a first answer, samples, two adapters, the router (where the recipe has labelled
+    utterances), evaluation, the served graph."""
     from cluster.session import ray_session
     from cluster.store import Store
     from serving.service import check_port
+    from training.router import train_router
     from training.samples import require_questions
 
     began = time.monotonic()
@@ -180,6 +182,8 @@ def demo(
     with ray_session(loaded.ray):
         index = build_index_and_answer(loaded, store)
         samples, adapters = train_both(loaded, store, index)
+        if loaded.router.examples:
+            train_router(loaded, store)
         compare_and_promote(loaded, store, index, samples, adapters)
         serve_and_ask(loaded, store, samples, keep=keep)
     say(f"demo: done in {describe_seconds(time.monotonic() - began)}; everything is in {store.uri}")

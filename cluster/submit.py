@@ -28,7 +28,7 @@ import yaml
 
 from cluster.errors import UserError
 from cluster.progress import describe_seconds, relay, say
-from cluster.recipe import read_recipe
+from cluster.recipe import BESIDE, PACKAGED, read_recipe
 from cluster.session import PACKAGES, PACKAGES_ROOT, bearer_token
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def submit(job: Job, recipe: pydantic.BaseModel, path_keys: Sequence[str] = (), 
         UserError: the job API does not answer or does not accept the job.
     """
     client = _connect(job.address)
-    local = absolute_paths(recipe, read_recipe(job.recipe_path, job.overrides), path_keys)
-    if local and not job.on_this_machine:
-        say(f"submit: paths of this machine, which the cluster sees only if it mounts them: {', '.join(local)}")
+    local = _as_staged(absolute_paths(recipe, read_recipe(job.recipe_path, job.overrides), path_keys))
+    unshipped = [key for key, path in local.items() if not path.startswith(BESIDE)]
+    if unshipped and not job.on_this_machine:
+        say(f"submit: paths of this machine, which the cluster sees only if it mounts them: {', '.join(unshipped)}")
     with tempfile.TemporaryDirectory(prefix="rayft-submit-") as temporary:
         project = stage_project(Path(temporary), job.recipe_path)
         try:
@@ -137,9 +138,21 @@ def stage_project(target: Path, recipe_path: str) -> Path:
             PACKAGES_ROOT / package, target / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
         )
     shutil.copy2(PACKAGES_ROOT / "rayft.py", target / "rayft.py")
-    text = yaml.safe_dump(read_recipe(recipe_path), allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(_as_staged(read_recipe(recipe_path)), allow_unicode=True, sort_keys=False)
     (target / RECIPE_FILE).write_text(text, encoding="utf-8")
     return target
+
+
+def _as_staged(value: Any) -> Any:
+    """`value` with files that are staged with our packages named from the folder of the staged recipe, since the
+    cluster's machines have them there and nowhere else."""
+    if isinstance(value, dict):
+        return {key: _as_staged(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_staged(inner) for inner in value]
+    if isinstance(value, str) and Path(value).is_relative_to(PACKAGED):
+        return f"{BESIDE}{Path(value).relative_to(PACKAGES_ROOT).as_posix()}"
+    return value
 
 
 def _connect(address: str) -> JobSubmissionClient:
