@@ -160,3 +160,29 @@ def test_numbers_given_as_override_arrive_unchanged(seed, rate, quick):
 def test_any_text_in_quotes_arrives_unchanged(text):
     quoted = "'" + text.replace("'", "''") + "'"
     assert parse_override(f"corpus.path={quoted}")[1] == text
+
+
+def test_recipe_paths_are_taken_from_the_folder_of_the_recipe_that_states_them(tmp_path, monkeypatch):
+    base, over, elsewhere = tmp_path / "base", tmp_path / "over", tmp_path / "elsewhere"
+    for folder in (base, over, elsewhere):
+        folder.mkdir()
+    (base / "base.yaml").write_text("name: a\ncorpus: {path: 'recipe:docs/a.jsonl'}\nparts: {one: {path: plain}}\n")
+    (over / "over.yaml").write_text("extends: ../base/base.yaml\nparts: {two: {path: 'recipe:b.jsonl'}}\n")
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe("../over/over.yaml", ["parts.three.path=recipe:c.jsonl"], Recipe)
+    assert recipe.corpus.path == str(base / "docs" / "a.jsonl")
+    assert {name: part.path for name, part in recipe.parts.items()} == {
+        "one": "plain",
+        "two": str(over / "b.jsonl"),
+        "three": str(over / "c.jsonl"),
+    }
+    listed = load("name: a\nrules: [{strategy: x, words: ['recipe:w', y]}]\n")
+    assert listed.rules[0].words == (str(elsewhere / "w"), "y")
+
+
+@pytest.mark.parametrize("path", ["recipe:../x", "recipe:a/../../x", "recipe:/etc/x", "recipe:", "recipe:a\\..\\x"])
+def test_recipe_paths_that_leave_the_folder_are_refused(path):
+    assert f"r.yaml: `corpus.path`: recipe: names a file in the recipe's own folder or below it, found {path!r}" in (
+        refusal(f"name: a\ncorpus: {{path: '{path}'}}\n")
+    )
+    assert "--set: `parts.one.path`: recipe:" in refusal("name: a\n", f"parts.one.path='{path}'")

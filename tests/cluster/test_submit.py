@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from cluster.config import BaseRecipe, Section
-from cluster.session import PACKAGES
+from cluster.recipe import read_recipe
+from cluster.session import PACKAGES, PACKAGES_ROOT
 from cluster.store import Store
 from cluster.submit import RECIPE_FILE, Job, absolute_paths, entrypoint, stage_project
 
@@ -86,6 +87,19 @@ def test_what_is_shipped_is_the_project_and_the_whole_recipe(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(project)}
     result = subprocess.run(run, cwd="/", env=env, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [str(project / "rayft.py"), str(project / "cluster" / "__init__.py")]
+
+
+def test_packaged_files_are_named_where_the_job_has_them(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    stage_project(project, "customer_service")
+    staged = yaml.safe_load((project / RECIPE_FILE).read_text())
+    assert staged["questions"]["path"] == "recipe:recipes/customer_service/questions.jsonl"
+    assert str(PACKAGES_ROOT) not in (project / RECIPE_FILE).read_text()
+    there = read_recipe(project / RECIPE_FILE)
+    paths = [there["router"]["examples"], *(one["corpus"]["path"] for one in there["collections"].values())]
+    for path in paths:
+        assert Path(path).is_relative_to(project) and Path(path).is_file()
 
 
 def free_port() -> int:

@@ -134,3 +134,48 @@ def test_require_strategy_names_what_there_is():
         require_strategy("raft", ("base", "rag"))
     with pytest.raises(UserError, match="there is no strategy `oracle`"):
         require_strategy("oracle", ("base",))
+
+
+QUOTED = Route("raft", intent="guideline", reason="guidelines are quoted", require_quote=True)
+UNVERIFIED = "##begin_quote##Lisbon##end_quote## <ANSWER>: Lisbon"
+
+
+@pytest.mark.parametrize("text", [UNVERIFIED, "<ANSWER>: Lisbon", "Lisbon, I suppose"])
+def test_finish_without_a_verified_quote_abstains_where_one_is_required(text):
+    made = finish(Completion("id", text), STRATEGIES["raft"], HITS, FORMAT, route=QUOTED)
+    assert made.abstained and made.answer == FORMAT.texts.abstention and "Lisbon" not in readable(made, LABELS)
+    assert not made.quotes and not made.citations
+    assert made.hits == tuple(HITS), "what was found stays"
+    assert made.text == text
+    assert made.route.reason == "guidelines are quoted; no quote verified, so there is no answer"
+    shown = finish(Completion("id", text), STRATEGIES["raft"], HITS, FORMAT)
+    assert not shown.abstained and shown.answer.startswith("Lisbon")
+
+
+def test_finish_with_a_verified_quote_answers_where_one_is_required():
+    made = finish(Completion("id", CITED), STRATEGIES["raft"], HITS, FORMAT, route=QUOTED)
+    assert made.answer == "Athens" and not made.abstained and len(verified(made)) == 1
+    assert made.route == QUOTED
+
+
+def test_finish_own_abstention_and_errors_stay_what_they_are_where_a_quote_is_required():
+    said = FORMAT.texts.abstention
+    own = finish(Completion("id", f"<ANSWER>: {said}"), STRATEGIES["raft"], HITS, FORMAT, route=QUOTED)
+    assert own.abstained and own.route == QUOTED
+    failed = Completion("id", "", finish_reason="error", error="out of memory")
+    broken = finish(failed, STRATEGIES["raft"], HITS, FORMAT, route=QUOTED)
+    assert broken.error == "out of memory" and broken.route == QUOTED
+
+
+def test_combine_never_takes_the_closed_book_answer_where_a_quote_is_required():
+    route = Route("hybrid", require_quote=True)
+
+    def legs(text):
+        return [
+            finish(Completion("id", said), STRATEGIES[name], HITS, FORMAT, route=route)
+            for name, said in (("raft", text), ("finetuned", "<ANSWER>: Patras"))
+        ]
+
+    assert combine(*legs(UNVERIFIED), FORMAT, route).abstained
+    cited = combine(*legs(CITED), FORMAT, route)
+    assert cited.answer == "Athens" and not cited.abstained

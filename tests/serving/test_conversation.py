@@ -371,3 +371,30 @@ def test_learned_weights_are_drawn_with_their_probability():
     router = RouterConfig(rules=(), learning=LearningConfig(strategies=("rag", "raft"), exploration=1.0))
     made = answered(conversation(Graph(), router=router, feedback=Feedback()), ask("auto"))
     assert made.strategy in ("rag", "raft") and made.route.propensity < 1
+
+
+QUOTED = RouterConfig(rules=(PolicyRule(strategy="raft", reason="quoted", require_quote=True),))
+
+
+def test_required_quote_that_does_not_verify_is_an_abstention_and_nothing_of_the_answer_is_streamed():
+    feedback, graph = Feedback(), Graph({"raft": UNVERIFIED})
+    talk = conversation(graph, router=QUOTED, feedback=feedback)
+    pieces, made = streamed(talk, ask("auto"))
+    assert made == dataclasses.replace(answered(talk, ask("auto")), timings_ms=made.timings_ms)
+    abstention = talk.release.prompt_format.texts.abstention
+    assert (made.abstained, made.answer, pieces) == (True, abstention, [abstention])
+    assert made.route.require_quote and "no quote verified" in made.route.reason
+    assert [hit.passage.doc_id for hit in made.hits] == ["greece", "spain"] and not made.citations
+    assert feedback.noted[0].abstained and feedback.noted[0].answer == abstention
+
+
+def test_required_quote_that_verifies_is_streamed_in_one_piece_with_its_source():
+    talk = conversation(Graph(), router=QUOTED)
+    pieces, made = streamed(talk, ask("auto"))
+    assert pieces == [readable(made, talk.release.prompt_format.texts.labels)]
+    assert made.answer == "Athens" and made.citations[0].verified and "[1] Greece" in pieces[0]
+
+
+def test_caller_who_asks_for_the_strategy_by_name_is_shown_the_answer_as_unverified():
+    pieces, made = streamed(conversation(Graph({"raft": UNVERIFIED}), router=QUOTED), ask("raft"))
+    assert not made.abstained and made.answer == "Lisbon" and len(pieces) > 1

@@ -259,3 +259,38 @@ def test_route_what_the_server_knows_counts_over_the_request():
     assert router.route(RouteQuery("Malta", says, known={"update_frequency": "hourly"})).strategy == "rag"
     assert router.route(RouteQuery("Malta", says, known={"context_length": 300})).strategy == "hybrid"
     assert router.route(RouteQuery("Malta", says)).strategy == "raft"  # the server does not know
+
+
+def required(**rule):
+    return PolicyRule(reason="quoted", require_quote=True, **rule)
+
+
+def test_route_says_that_a_quote_is_required_by_the_rule_that_decided():
+    rules = (required(strategy="raft", keywords=("guideline",)), PolicyRule(strategy="rag", reason="else"))
+    assert route("What does the guideline say?", rules=rules).require_quote
+    assert not route("What does the study say?", rules=rules).require_quote
+    asked = route("What does the guideline say?", requested="finetuned", rules=rules)
+    assert (asked.strategy, asked.require_quote) == ("finetuned", False)
+
+
+def test_route_requirement_holds_for_what_stands_in_for_a_strategy_that_is_lacking():
+    rules = (required(strategy="raft", keywords=("guideline",)), PolicyRule(strategy="rag", reason="else"))
+    found = route("What does the guideline say?", available=("base", "rag", "auto"), rules=rules)
+    assert (found.strategy, found.require_quote) == ("rag", True)
+    alone = route("The guideline?", available=("base", "auto"), rules=rules[:1])
+    assert (alone.strategy, alone.require_quote) == ("base", True)
+
+
+@pytest.mark.parametrize("rule", [{"strategy": "finetuned"}, {"split": {"raft": 0.5, "rag": 0.5}, "experiment": "e"}])
+def test_a_rule_cannot_require_quotes_of_a_strategy_that_writes_none(rule):
+    with pytest.raises(pydantic.ValidationError, match="`require_quote` needs a strategy that quotes"):
+        required(**rule)
+
+
+def test_a_recipe_without_quotes_cannot_require_them():
+    from serving.config import ServingRecipe
+
+    rules = {"rules": [{"strategy": "raft", "reason": "r", "require_quote": True}]}
+    with pytest.raises(pydantic.ValidationError, match=r"prompt\.quotes is false"):
+        ServingRecipe.model_validate({"name": "a", "prompt": {"quotes": False}, "router": rules})
+    ServingRecipe.model_validate({"name": "a", "router": rules})
