@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.serving.engine_conformance")  # so that a failure shows what differed
+
 from tests.serving.tiny import make_adapter, make_base
 
 

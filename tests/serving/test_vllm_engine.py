@@ -100,7 +100,7 @@ class TestVllm(EngineConformance):
                 engine.generate([ask(f"question {i}", "raft", str(i), system, max_new_tokens=1)])
         finally:
             engine._llm.generate = generate
-        assert len(cached) == 2 and cached[0] < 50 and cached[1] > 400
+        assert len(cached) == 2 and cached[0] < 50 and cached[1] >= 256  # whole blocks: of 128 tokens on CPU
 
     def test_close_ends_vllms_process(self, start, models):
         engine = start(models.base, {})
