@@ -7,7 +7,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.serving.engine_conformance")  # so that a failure shows what differed
 
-from tests.serving.tiny import make_adapter, make_base
+from tests.serving.tiny import make_adapter, make_base  # noqa: E402 - after the rewriting is asked for
 
 
 @dataclass(frozen=True)

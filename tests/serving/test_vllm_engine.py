@@ -18,7 +18,7 @@ import pytest
 from cluster.errors import ArtifactError, UserError
 from serving.config import GenerationConfig, VllmConfig
 from serving.vllm_engine import VllmEngine
-from tests.serving.engine_conformance import WINDOW, EngineConformance, ask
+from tests.serving.engine_conformance import WINDOW, EngineConformance, ask, mixed_requests
 from tests.serving.fakes import wait_until
 from tests.serving.tiny import make_adapter, make_base
 
@@ -68,8 +68,12 @@ class TestVllm(EngineConformance):
         with pytest.raises(ArtifactError, match=r"rank 32, generation\.vllm\.max_lora_rank is 16: set it to 32"):
             engine.load_adapter("large", large)
 
-    def test_load_adapter_without_a_place_names_the_setting_and_takes_one_that_is_freed(self, engine, models):
-        engine.load_adapter("fourth", models.adapters["raft"])
+    def test_load_adapter_without_a_place_names_the_setting_and_takes_one_that_is_freed(
+        self, engine, models, reference
+    ):
+        engine.load_adapter("fourth", models.adapters["raft"])  # every place is taken now: base rows stay base rows
+        requests = mixed_requests(8)
+        assert [c.text for c in engine.generate(requests)] == [reference(r)[1] for r in requests]
         with pytest.raises(UserError, match=r"`fifth` finds no place: generation\.vllm\.max_loras is 4"):
             engine.load_adapter("fifth", models.adapters["raft"])
         engine.unload_adapter("fourth")
