@@ -97,3 +97,15 @@ def test_fitting_any_sizes_fit_and_no_better_passage_is_missed(sizes, room):
     for place in set(range(len(sizes))) - set(kept):
         better = [other for other in kept if other < place]
         assert tokens.count(render([*better, place])) > room, "a better one was left out though it fits"
+
+
+def test_fitting_passages_that_cost_more_together_are_counted_together():
+    class Crowded(Words):
+        def count(self, messages):
+            text = messages[0]["content"]
+            return len(text) + text.count("p") ** 2
+
+    def render(places):
+        return [{"role": "user", "content": "p" * len(places)}]
+
+    assert fitting(render, 4, Crowded(), room=8) == (0, 1), "each costs 2, three together 12"
