@@ -102,10 +102,10 @@ def test_fitting_any_sizes_fit_and_no_better_passage_is_missed(sizes, room):
 def test_fitting_passages_that_cost_more_together_are_counted_together():
     class Crowded(Words):
         def count(self, messages):
-            text = messages[0]["content"]
-            return len(text) + text.count("p") ** 2
+            passages = messages[0]["content"].count("p")
+            return passages + passages**2
 
     def render(places):
-        return [{"role": "user", "content": "p" * len(places)}]
+        return [{"role": "user", "content": "p with words " * len(places)}]
 
     assert fitting(render, 4, Crowded(), room=8) == (0, 1), "each costs 2, three together 12"

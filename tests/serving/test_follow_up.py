@@ -53,6 +53,7 @@ def test_rewriting_shows_the_turns_escaped_and_the_question():
         ('"What is the capital of Italy?"\nIt is Rome.', True),
         ("", False),
         ("The capital of Italy", False),  # no question
+        ("Does Italy serve excellent pizza everywhere nowadays?", False),  # invented
         ("Rome is where many tourists enjoy excellent pizza?", False),  # other words
         ("What is the capital of Greece?", False),  # nothing of the question
         ("意大利的首都是什么？", False),  # another language
