@@ -181,14 +181,18 @@ def verified(answer: Answer) -> tuple[Citation, ...]:
 
 def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, route: Route) -> Answer:
     """The hybrid answer: `cited` when one of its quotes verifies, else `closed_book` (without a source), else an
-    abstention. Tokens are added up; the two ran side by side, so the longer time counts."""
+    abstention. Tokens are added up; the two ran side by side, so the times are those of the one that took longer."""
     if verified(cited) and not cited.abstained:
         chosen = cited
     elif not closed_book.abstained:
         chosen = dataclasses.replace(closed_book, hits=cited.hits, passages_left_out=cited.passages_left_out)
     else:
         chosen = _abstention(cited, prompt_format)
-    slower = max(cited.timings_ms, closed_book.timings_ms, key=lambda timings: timings.total)
+    retrieval = cited.timings_ms.retrieval
+    # By what the engine took, not by `total`: online, the second to be read has the later total, and offline the
+    # closed-book one has searched nothing.
+    slower = max(cited.timings_ms, closed_book.timings_ms, key=lambda timings: timings.queue + timings.generation)
+    total = max(cited.timings_ms.total, closed_book.timings_ms.total, retrieval + slower.queue + slower.generation)
     return dataclasses.replace(
         chosen,
         strategy=HYBRID,
@@ -197,7 +201,7 @@ def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, rou
             cited.usage.prompt_tokens + closed_book.usage.prompt_tokens,
             cited.usage.completion_tokens + closed_book.usage.completion_tokens,
         ),
-        timings_ms=dataclasses.replace(slower, retrieval=cited.timings_ms.retrieval),
+        timings_ms=dataclasses.replace(slower, retrieval=retrieval, total=total),
     )
 
 

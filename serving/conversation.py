@@ -351,8 +351,10 @@ class Conversation:
             try:
                 completion = await self._doors.generate(for_cited.request, self.release.pins)
                 cited = self._finish(question, completion, legs[0], for_cited)
-                if not closed_book.done() and verified(cited) and not cited.abstained:
-                    rest = await self._unfinished(for_closed.request, heard)
+                if verified(cited) and not cited.abstained:
+                    # What became of the other, be it an error, does not matter any more, except for what it took.
+                    known = closed_book.done() and not closed_book.cancelled() and not closed_book.exception()
+                    rest = closed_book.result() if known else await self._unfinished(for_closed.request, heard)
                     other = self._answer_of(question, rest, legs[1], for_closed)
                 else:
                     other = self._finish(question, await closed_book, legs[1], for_closed)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.api_errors import ApiError
+from serving.api_errors import ApiError, api_error
 from serving.responses import json_bytes
 
 KEEP_ALIVE_S = 15.0
@@ -62,7 +62,7 @@ class EventSource:
     """Runs a generator of events in a task of its own."""
 
     def __init__(self, events: AsyncGenerator[Mapping[str, Any], None], keep_alive_s: float = KEEP_ALIVE_S) -> None:
-        """Starts it. `events` raises nothing but `ApiError`."""
+        """Starts it. `events` raises `ApiError`; anything else is our fault, and ends the stream as such."""
         self._keep_alive_s = keep_alive_s
         self._first: list[bytes | ApiError | None] = []
         self._ready: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
@@ -112,6 +112,8 @@ class EventSource:
                     self._ready.put_nowait(_event(event))
         except ApiError as error:
             self._ready.put_nowait(error)
+        except Exception as error:  # noqa: BLE001 - logged by its type; a reader would wait for ever for an end
+            self._ready.put_nowait(api_error(error, "a stream", ()))
         else:
             self._ready.put_nowait(None)
 

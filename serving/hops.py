@@ -77,6 +77,8 @@ class Hops:
                     raise StreamBrokenError("the stream stopped short of its completion")
                 return
             except (*REPLICA_DIED, StreamBrokenError) as error:
+                if ended:  # the answer is whole, and its reader has it
+                    return
                 if started:
                     self._observer.count("stream_broken")
                     raise StreamBrokenError(f"{request.request_id}: a generator replica died") from error

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from cluster.errors import UserError
@@ -5,7 +7,7 @@ from retrieval.records import Hit
 from serving.answering import combine, finish, prepare, readable, verified
 from serving.config import GenerationConfig
 from serving.engine import Completion
-from serving.records import Answer, Route
+from serving.records import Answer, Route, Timings
 from serving.strategies import STRATEGIES, available_strategies, require_strategy
 from tests.serving.fakes import CITED, GREECE, SPAIN, prompt_format
 from training.format import WorkedExample
@@ -111,6 +113,14 @@ def test_combine_adds_tokens_and_takes_the_longer_time():
     closed = answer("<ANSWER>: Patras", "finetuned", prompt_tokens=2, completion_tokens=1, generation_ms=9.0)
     made = combine(cited, closed, FORMAT, ROUTE)
     assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.timings_ms.total) == (7, 4, 9.0)
+
+
+def test_combine_times_are_those_of_the_slower_engine_whichever_was_read_last():
+    cited = dataclasses.replace(answer(CITED), timings_ms=Timings(4.0, 1.0, 90.0, 95.0))
+    closed = dataclasses.replace(answer("<ANSWER>: Patras", "finetuned"), timings_ms=Timings(0.0, 0.0, 38.0, 102.0))
+    assert combine(cited, closed, FORMAT, ROUTE).timings_ms == Timings(4.0, 1.0, 90.0, 102.0)
+    offline = dataclasses.replace(closed, timings_ms=Timings(0.0, 0.0, 93.0, 93.0))
+    assert combine(cited, offline, FORMAT, ROUTE).timings_ms == Timings(4.0, 0.0, 93.0, 97.0)
 
 
 def test_answer_survives_a_row():

@@ -181,3 +181,18 @@ def test_event_source_first_error_is_raised():
 
     with pytest.raises(ApiError, match="no"):
         asyncio.run(start())
+
+
+def test_event_source_event_that_is_no_json_ends_the_stream_in_an_error_and_not_never():
+    async def events():
+        yield {"score": 1.0}
+        yield {"score": float("nan")}
+
+    async def parts():
+        source = EventSource(events(), keep_alive_s=0.05)
+        await source.started()
+        async with asyncio.timeout(1):
+            return b"".join([part async for part in source.parts()])
+
+    found = asyncio.run(parts())
+    assert b"internal_error" in found and b"[DONE]" not in found

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,7 +11,7 @@ from serving.answering import readable
 from serving.conversation import Ask, Conversation, Doors, GenerationFailedError
 from serving.engine import Completion
 from serving.follow_up import load_rewrite_prompt
-from serving.interfaces import Caller, Found, StreamBrokenError
+from serving.interfaces import Caller, Found, PartUnavailableError, StreamBrokenError
 from serving.records import Answer
 from serving.router import Router
 from serving.router_config import LearningConfig, PolicyRule, RouterConfig
@@ -231,6 +232,19 @@ def test_hybrid_cited_answer_ends_the_closed_book_one_early():
     assert made.usage.completion_tokens == len(CITED) + said
     closed_book = next(request for request in graph.requests if "finetuned" in request.adapter)
     assert made.usage.prompt_tokens == 11 + (Tokens().count(closed_book.messages) if said else 0)
+
+
+def test_hybrid_cited_answer_is_given_although_the_closed_book_one_failed_before():
+    class HalfBroken(Graph):
+        async def stream(self, request, pins):
+            if "finetuned" in request.adapter:
+                raise PartUnavailableError("no replica")
+            async with contextlib.aclosing(super().stream(request, pins)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    made = answered(conversation(HalfBroken(delay_s={"raft": 0.001})), ask("hybrid"))
+    assert made.answer == "Athens" and made.usage.completion_tokens == len(CITED)
 
 
 def test_hybrid_waits_for_the_closed_book_answer_where_no_quote_verifies():

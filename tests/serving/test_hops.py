@@ -114,6 +114,11 @@ def test_stream_that_breaks_after_its_first_piece_is_neither_repeated_nor_taken_
     assert pieces == ["A"] and isinstance(last, StreamBrokenError) and counts.events == ["stream_broken"]
 
 
+def test_stream_whose_replica_dies_after_the_completion_is_whole():
+    hops, counts = hops_of(["A", DONE, DIED])
+    assert asyncio.run(collect(hops.stream(REQUEST, PINS))) == ["A", DONE] and counts.events == []
+
+
 def test_stream_whose_reader_leaves_is_cancelled_on_the_replica_and_one_that_ended_is_not():
     hops, _ = hops_of(["A", "B", DONE])
 
