@@ -18,7 +18,9 @@ from serving.draining import CountsUnderWay, Gate
 from serving.feedback import desk_of_handle, open_door
 from serving.hops import Hops
 from serving.interfaces import KeyRing, Pins, Quotas
+from serving.keys import LOOPBACK
 from serving.live_releases import LiveReleases, ReleaseSource
+from serving.loopback import LocalHostsOnly
 from serving.page import mount_page
 from serving.quotas import HandleLedger, KeyQuotas, has_quotas, open_ledger
 from serving.router import Router
@@ -118,6 +120,8 @@ class Ingress:
         )
         api = make_api(parts)
         mount_page(api)
+        if config.host in LOOPBACK and not self._settings.keys.required:
+            api.add_middleware(LocalHostsOnly)
         api.add_middleware(CountsUnderWay, gate=self._gate)
         self._live.follow()
         return api

@@ -180,6 +180,11 @@ class FeedbackDoor(Protocol):
 class KeyRing(Protocol):
     """Knows API keys."""
 
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key."""
+        ...
+
     def caller(self, authorization: str | None) -> Caller:
         """The caller of an `Authorization` header.
 

@@ -59,7 +59,7 @@ async def ask(app, question):
     replicas = [bound and bound._bound_deployment for bound in behind]
     handles = [bound and Handle(bound.func_or_class(*bound.init_args)) for bound in replicas]
     api = Ingress(settings, *handles).__serve_build_asgi_app__()
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as client:
         assert (await client.get("/readyz")).status_code == 200
         models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
         body = {"messages": [{"role": "user", "content": question}]}

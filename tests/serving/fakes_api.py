@@ -125,6 +125,8 @@ class FakeFeedback:
 
 
 class FakeKeys:
+    required = True
+
     def __init__(self, callers):
         self.callers = callers
 
