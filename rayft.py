@@ -338,6 +338,7 @@ def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool
     from cluster.releases import open_release
     from serving.cli import stay_up
     from serving.client import ask_over_http, curl_line, describe_reply
+    from serving.keys import asks_for_keys
     from serving.service import running_service
     from training.samples import load_questions
     from training.splits import NEW_DOCUMENTS, NEW_QUESTIONS
@@ -345,14 +346,16 @@ def serve_and_ask(recipe: Recipe, store: Store, samples: Artifact, *, keep: bool
     release = open_release(store, recipe.name)
     held_out = load_questions(samples, NEW_DOCUMENTS) or load_questions(samples, NEW_QUESTIONS)
     held_out = held_out or load_questions(samples)
+    with_key = asks_for_keys(recipe.serve)
     with running_service(recipe, store, release) as base_url:
         for question in pick_questions(held_out, 3, recipe.seed):
             say(describe_reply(question.text, ask_over_http(base_url, question.text)))
             say(f"   expected: {describe_expected(question)}")
         if keep:
-            stay_up(base_url, str(release.ref))
+            stay_up(base_url, str(release.ref), with_key=with_key)
         else:
-            say(f"Try it yourself: `rayft serve` keeps it up; then\n{curl_line(base_url, held_out[0].text)}")
+            line = curl_line(base_url, held_out[0].text, with_key=with_key)
+            say(f"Try it yourself: `rayft serve` keeps it up; then\n{line}")
 
 
 @app.command()

@@ -33,6 +33,7 @@ def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
         """Serve a release on OpenAI's API until Ctrl-C; without --release, whatever is promoted meanwhile as well."""
         from cluster.releases import open_release
         from cluster.store import Store
+        from serving.keys import asks_for_keys
         from serving.service import running_service
 
         config = load(recipe, overrides or [])
@@ -43,7 +44,7 @@ def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
             signal.signal(number, lambda *_: _interrupt(stop))
         try:
             with running_service(config, store, opened, follow=not release) as base_url:
-                stay_up(base_url, str(opened.ref), stop)
+                stay_up(base_url, str(opened.ref), stop, with_key=asks_for_keys(config.serve))
         except KeyboardInterrupt:
             if not stop.is_set():
                 raise
@@ -78,12 +79,13 @@ def serving_app(load: Load, path_keys: Sequence[str] = ()) -> typer.Typer:
     return app
 
 
-def stay_up(base_url: str, release: str, stop: threading.Event | None = None) -> None:
-    """Says where the service is, and returns when `stop` is set or on Ctrl-C or SIGTERM."""
+def stay_up(base_url: str, release: str, stop: threading.Event | None = None, *, with_key: bool = False) -> None:
+    """Says where the service is (`with_key`: and that it wants one), and returns when `stop` is set or on Ctrl-C or
+    SIGTERM."""
     from serving.client import curl_line
 
     _say(f"serve: {release} on {base_url}/v1 (Ctrl-C stops it). Try:")
-    _say(curl_line(base_url, "What is the capital of Greece?"))
+    _say(curl_line(base_url, "What is the capital of Greece?", with_key=with_key))
     ended = stop or threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

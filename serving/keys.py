@@ -339,6 +339,11 @@ def open_keys(config: ServeConfig) -> ApiKeys:
     return keys
 
 
+def asks_for_keys(config: ServeConfig) -> bool:
+    """Whether a server of this recipe, started in this environment, answers only to a key."""
+    return bool(config.keys or os.environ.get(VARIABLE, "").strip(", "))
+
+
 def access_warnings(config: ServeConfig, keys: ApiKeys) -> list[str]:
     """What to tell whoever starts the server: one line each."""
     lines = []

@@ -8,8 +8,11 @@ import pytest
 from cluster.errors import UserError
 from serving.answering import finish
 from serving.chat_shapes import chat_response
+from serving.cli import stay_up
 from serving.client import Reply, ask_over_http, curl_line, describe_reply, rate_over_http
+from serving.config import ServeConfig
 from serving.engine import Completion
+from serving.keys import asks_for_keys
 from serving.strategies import STRATEGIES
 from tests.serving.fakes import CITED, FakeRetriever, prompt_format
 
@@ -115,3 +118,16 @@ def test_curl_line_survives_the_shell():
 def test_curl_line_leaves_the_key_to_the_shell():
     assert '"Authorization: Bearer $RAYFT_API_KEY"' in curl_line("http://127.0.0.1:8000", "x", with_key=True)
     assert "Authorization" not in curl_line("http://127.0.0.1:8000", "x")
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "asks"),
+    [("", "", False), ("", " ,", False), ("keys.json", "", True), ("", "a:" + "0" * 64, True)],
+)
+def test_served_line_to_try_carries_a_key_where_the_server_wants_one(monkeypatch, capsys, file, variable, asks):
+    monkeypatch.setenv("RAYFT_API_KEYS", variable)
+    ended = threading.Event()
+    ended.set()
+    stay_up("http://127.0.0.1:8000", "release/x", ended, with_key=asks_for_keys(ServeConfig(keys=file)))
+    said = "".join(capsys.readouterr())
+    assert "curl -s http://127.0.0.1:8000" in said and ("$RAYFT_API_KEY" in said) is asks
