@@ -6,7 +6,8 @@ A request takes the current release once and keeps it to its end. It is checked 
 server drains (503), key (401), content type (415), size (413), body (400, 403, 404), room (429), quota (429), and only
 then searched and generated, until its deadline (504). Every error is OpenAI's error object.
 Pages of other origins are answered no preflight and bodies must be declared as JSON, so a web site cannot make its
-visitors' browsers ask; nor under a name of its own (serving/loopback.py). User text is logged only with `serve.log_content`.
+visitors' browsers ask, nor under a name of its own (serving/loopback.py).
+User text is logged only with `serve.log_content`.
 Not covered: what an answer is (serving/conversation.py), deployments (serving/graph.py), the page (serving/page.py).
 """
 

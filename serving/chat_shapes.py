@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from retrieval.records import Hit
 from serving.answering import readable
@@ -97,7 +96,7 @@ class ContentPart(Body):
     @classmethod
     def _is_text(cls, part: Any) -> Any:
         if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-            raise PydanticCustomError("text_only", "this server reads text; leave images, audio and files out")
+            raise ValueError("this server reads text; leave images, audio and files out")
         return part
 
 
@@ -118,9 +117,9 @@ class ChatMessage(Body):
     def _calls_no_tool(cls, message: Any) -> Any:
         if isinstance(message, dict):
             if message.get("role") in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
-                raise PydanticCustomError("tools", "this server calls no tools; leave tool messages out")
+                raise ValueError("this server calls no tools; leave tool messages out")
             if message.get("audio"):
-                raise PydanticCustomError("text_only", "this server reads text; leave audio out")
+                raise ValueError("this server reads text; leave audio out")
             empty = ("tool_calls", "function_call", "audio", "tool_call_id")
             message = {key: value for key, value in message.items() if key not in empty}
         return message

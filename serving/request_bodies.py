@@ -22,6 +22,8 @@ from retrieval.filters import Filter, parse_filter
 from serving.api_errors import ApiError, invalid, without_values
 
 _BAD_CHARACTERS = re.compile("[\\0\\ud800-\\udfff]")
+OURS = "Value error, "
+"""What pydantic puts before a validator's own words."""
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,40}")
 
 Unsupported = Mapping[str, tuple[Any, ...]]
@@ -141,7 +143,9 @@ def _first_problem(error: ValidationError, content: Any) -> ApiError:
     deepest = max(places, key=len)
     there = [problem for problem, place in zip(problems, places, strict=True) if place == deepest]
     unknown = there[0]["type"] == "extra_forbidden"
-    reason = "this server does not know it" if unknown else _either([problem["msg"] for problem in there])
+    reason = (
+        "this server does not know it" if unknown else _either([problem["msg"].removeprefix(OURS) for problem in there])
+    )
     shown = [str(part) for part in deepest if isinstance(part, int) or _PLAIN_NAME.fullmatch(part)]
     return invalid(".".join(shown) or "the body", reason)
 
