@@ -147,13 +147,15 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
         thread.start()
+        guard = _guard()  # before vLLM: this process may be killed while it starts
         try:
             self._llm = self._wait(_start(_arguments(base_directory, generation, precision)))
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            guard.kill()
+            guard.wait()
             raise
         self.window = int(self._llm.model_config.max_model_len)
-        guard = _guard(self._llm)
         # The loop's thread must not keep the engine alive, or it would never be collected.
         self._finalizer = weakref.finalize(self, _shut_down, self._llm, self._loop, thread, guard)
         for name, directory in adapters.items():
@@ -432,11 +434,10 @@ async def _start(arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _guard(llm: Any) -> subprocess.Popen[bytes]:
-    """A process that ends vLLM's core when this one is killed."""
-    pids = [str(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
+def _guard() -> subprocess.Popen[bytes]:
+    """A process that ends vLLM's when this one is killed."""
     script = Path(__file__).with_name("orphan_guard.py")
-    return subprocess.Popen([sys.executable, str(script), str(os.getpid()), *pids], stdin=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, str(script), str(os.getpid())], stdin=subprocess.DEVNULL)
 
 
 def _shut_down(
