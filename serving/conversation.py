@@ -90,6 +90,8 @@ class ServedRelease:
     seed: int
     passages: int = 0
     """Passages of the index that everybody may see."""
+    embeds: bool = False
+    """Whether the index has an encoder; a lexical one has none, and nothing is embedded."""
     update_frequencies: Mapping[str, str] = field(default_factory=dict)
     """How often each collection changes, as its recipe declares it; "" names a recipe's only corpus."""
     follow_up: FollowUp = "rules"
@@ -220,8 +222,8 @@ class Conversation:
         return found.hits
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embeddings by the index's encoder; only for a release that pins an index."""
-        assert self._doors.embed is not None, "a release with an index has an encoder"
+        """Embeddings by the index's encoder; only for a release that `embeds`."""
+        assert self._doors.embed is not None, "a release that embeds has a retriever"
         return await self._doors.embed(texts, self.release.pins)
 
     async def _understand(self, ask: Ask) -> _Question:

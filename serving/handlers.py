@@ -77,8 +77,8 @@ class Handlers:
         """POST /v1/embeddings."""
         visit, body = await self._reception.enter(request, EmbeddingRequest, "embeddings")
         texts = body.texts()
-        if not visit.conversation.release.pins.index:
-            message = "model: this release has no index, and so no encoder"
+        if not visit.conversation.release.embeds:
+            message = "model: this release has no encoder: its index is lexical, or it has none"
             raise ApiError(404, message, code="model_not_found", param="model")
 
         async def work() -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Handlers:
     def _models(self, request: Request) -> list[str]:
         visit = self._reception.visit(request, "none", self._parts.keys.caller(request.headers.get("authorization")))
         release = visit.conversation.release
-        embedding = [EMBEDDING_MODEL] if release.pins.index else []
+        embedding = [EMBEDDING_MODEL] if release.embeds else []
         return [MODEL_PREFIX + name for name in usable(release.available, visit.caller)] + embedding
 
     def _events(self, visit: Visit, ask: Ask, body: GenerationBody) -> StreamEvents:

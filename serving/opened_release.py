@@ -19,6 +19,7 @@ from cluster.store import ArtifactRef, Store
 from serving.config import ServingRecipe
 from serving.conversation import ServedRelease
 from serving.follow_up import RewritePrompt, load_rewrite_prompt
+from serving.intents import query_encoder
 from serving.interfaces import Pins
 from serving.strategies import available_strategies
 from training.format import FORMAT_VERSION, PromptFormat
@@ -63,6 +64,7 @@ def served_release(recipe: ServingRecipe, store: Store, release: Release) -> Ser
         generation=recipe.generation,
         seed=recipe.seed,
         passages=_public_chunks(store.open_ref(release.index)) if release.index else 0,
+        embeds=bool(release.index and query_encoder(store.open_ref(release.index))[1]),
         update_frequencies=update_frequencies(store.open_ref(release.index)) if release.index else {},
         follow_up=recipe.serve.follow_up,
         rewrite_prompt=_rewrite_prompt(recipe),

@@ -100,6 +100,7 @@ def served_release(adapters=("raft", "finetuned"), *, language="en", examples=()
         generation=GenerationConfig(**generation),
         seed=17,
         passages=passages,
+        embeds=True,
     )
 
 

@@ -50,6 +50,7 @@ def release_of(version, *, index=True, base="b" * 64):
         generation=GenerationConfig(passages=1),
         seed=17,
         passages=1 if index else 0,
+        embeds=index,
     )
 
 

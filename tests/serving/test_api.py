@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import threading
 
@@ -38,7 +39,8 @@ def test_chat_raft_answers_with_sources_and_details(service):
     assert "context" not in message and "search_results" not in body
     details = body["rayft"]
     assert details["request_id"] == body["id"] and details["strategy"] == "raft"
-    assert set(details["route"]) == {"strategy", "intent", "confidence", "reason", "propensity", "experiment"}
+    stated = {"strategy", "intent", "confidence", "reason", "propensity", "experiment", "require_quote"}
+    assert set(details["route"]) == stated
     [quoted] = details["citations"]
     assert (quoted["number"], quoted["verified"], quoted["passage"]) == (1, True, 1)
     assert (quoted["title"], quoted["start"], quoted["end"]) == ("Greece", 109, 131)
@@ -348,12 +350,21 @@ def test_search_bad_request_is_400(service, body):
 
 
 def test_release_without_an_index_searches_and_embeds_nothing():
-    closed = served_release()
-    closed.__dict__["pins"] = Pins(closed.name, adapters=closed.pins.adapters)
+    opened = served_release()
+    closed = dataclasses.replace(opened, pins=Pins(opened.name, adapters=opened.pins.adapters), embeds=False)
     service = Service(release=closed)
     assert error_of(service.send("/v1/search", {"query": "x"}), 400)["code"] == "no_index"
     error_of(service.send("/v1/embeddings", {"model": "rayft-embedding", "input": "x"}), 404)
     assert "rayft-embedding" not in service.client.get("/v1/models").text
+
+
+def test_lexical_release_searches_and_offers_no_embedding_model():
+    service = Service(release=dataclasses.replace(served_release(), embeds=False))
+    assert service.send("/v1/search", {"query": "x"}).status_code == 200
+    error = error_of(service.send("/v1/embeddings", {"model": "rayft-embedding", "input": "x"}), 404)
+    assert error["code"] == "model_not_found"
+    assert "rayft-embedding" not in service.client.get("/v1/models").text
+    error_of(service.client.get("/v1/models/rayft-embedding"), 404)
 
 
 @pytest.mark.parametrize(

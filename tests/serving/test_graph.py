@@ -3,6 +3,7 @@ from ray import serve
 
 from cluster.errors import ArtifactError, UserError
 from cluster.releases import Release
+from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import ArtifactRef
 from serving.config import DeploymentConfig, ServingRecipe
 from serving.graph import _check_gpus, scaling
@@ -101,3 +102,14 @@ def test_pins_name_every_part_of_a_release():
     pins = pins_of(release(index=index, router=router, base_digest="b" * 64))
     assert (pins.release, pins.index) == (f"release/tiny/{'2' * 16}", str(index))
     assert (pins.router, pins.base_digest, pins.adapters) == (str(router), "b" * 64, {})
+
+
+@pytest.mark.parametrize("measured, embeds", [({"encoder": "mini", "encoder_digest": "e" * 64}, True), ({}, False)])
+def test_served_release_embeds_where_its_index_has_an_encoder(store, measured, embeds):
+    def build(attempt):
+        (attempt.directory / "rows").write_text("3\n")
+        return Outcome(counts={"chunks": 3}, measured=measured)
+
+    index = run_stage(store, Plan(kind="index", name="tiny", config=measured), build)
+    served = served_release(ServingRecipe(name="tiny"), store, release(index=index.ref))
+    assert served.embeds == embeds and served.passages == 3
