@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -207,6 +208,8 @@ def answers(cases: Sequence[Case], base: Path, tokens: int) -> dict[str, Tally]:
             for side, completion in zip(SIDES, engine.generate(requests), strict=True):
                 assert completion.finish_reason != "error", completion.error
                 tallies[side].add(case, MARKER in completion.text)
+            said = ", ".join(side for side, tally in tallies.items() if case.id in tally.ids)
+            print(f"{case.id}: {said or 'nobody'} says it", file=sys.stderr, flush=True)
     finally:
         engine.close()
     return tallies
