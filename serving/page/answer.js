@@ -138,8 +138,8 @@ export class AnswerCard {
     const { route, hits } = details;
     const facts = el("dl", { class: "facts" });
     const fact = (name, value) => value !== "" && facts.append(el("dt", { text: t(name) }), el("dd", { text: value }));
-    fact("intent", route.intent || t("unknown"));
-    fact("confidence", percent(route.confidence));
+    if (this.model.name === "auto") fact("intent", route.intent || t("unknown"));
+    if (route.intent) fact("confidence", percent(route.confidence));
     if (route.propensity !== undefined && route.propensity < 1) fact("propensity", percent(route.propensity));
     fact("experiment", route.experiment ?? "");
     const { usage } = this.result;

@@ -294,6 +294,16 @@ def test_route_times_tokens_and_release_are_shown(page):
     expect(page.locator("#panel .passage")).to_have_text(SPAIN.text)
 
 
+def test_strategy_that_was_asked_for_is_shown_without_an_intent(page):
+    ask(page, model="rayft-raft")
+    answer = answered(page)
+    answer.get_by_text("How it was answered").click()
+    facts = answer.locator(".how .facts")
+    expect(facts).to_contain_text("Tokens")
+    for guess in ("Intent", "Confidence"):
+        expect(facts).not_to_contain_text(guess)
+
+
 def test_abstention_is_shown_as_one(page, service):
     service.graph.texts["raft"] = "<ANSWER>: The documents do not say."
     ask(page)
@@ -338,13 +348,13 @@ def test_compare_without_a_strategy_says_so(opened):
 
 
 def test_compare_shows_the_failure_of_one_beside_the_answers_of_others(opened, service):
-    service.graph.texts.pop("finetuned")  # the fake then fails for it, and so for hybrid
+    service.graph.texts.pop("finetuned")  # the fake then fails for it; hybrid has its cited answer all the same
     page = opened(width=1600)
     page.get_by_text("Compare", exact=True).click()
     ask(page, model=None)
-    expect(page.locator(".answer.done")).to_have_count(3)
-    expect(page.locator(".answer.failed")).to_have_count(2)
-    expect(page.locator(".answer.failed .problem").first).to_contain_text("could not answer (500): internal error")
+    expect(page.locator(".answer.done")).to_have_count(4)
+    expect(page.locator(".answer.failed")).to_have_count(1)
+    expect(page.locator(".answer.failed .problem")).to_contain_text("could not answer (500): internal error")
 
 
 def test_thumb_and_correction_are_stored(page, service):
