@@ -119,7 +119,7 @@ def throughput(recipe: Recipe, url: str, questions: list[str], rounds: int, max_
 
 def overload(recipe: Recipe, url: str, questions: list[str], max_tokens: int) -> list[str]:
     """Lines about four times as many clients as are admitted."""
-    admitted = recipe.serve.max_queued_requests
+    admitted = recipe.max_in_flight
     bodies = [chat_body(question, "base", max_tokens) for question in questions]
     run_load(url, bodies[:admitted], admitted)
     at_capacity = run_load(url, bodies, admitted)

@@ -68,6 +68,8 @@ class ApiParts:
     limits: Limits
     check_ready: Callable[[], Awaitable[None]] = always_ready
     """Returns when every part answers, raises when one does not."""
+    refused: Callable[[], str] = lambda: ""
+    """The release that is promoted and does not load, so that another one answers; empty: there is none."""
     feedback: FeedbackDoor | None = None
     """None: ratings are answered 503."""
     keys: KeyRing = field(default_factory=NoKeys)

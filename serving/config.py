@@ -116,8 +116,10 @@ class ServeConfig(Section):
     """Each replica holds the whole index."""
     generator: DeploymentConfig = DeploymentConfig(cpus=0.5)
     """Each replica holds the model with all adapters."""
-    max_queued_requests: int = Field(default=64, ge=1)
-    """Requests under way at once in an ingress replica; one more is answered 429 with Retry-After."""
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Requests under way at once in an ingress replica; one more is answered 429 with Retry-After. None takes twice
+    what all generators batch together (2 × `generation.batch_rows` × `generator.max_replicas`), at least 8: one batch
+    that is generated and one that waits. `hybrid` counts as one and generates two."""
     request_timeout_s: float = Field(default=120, gt=0)
     """Deadline of one request, in seconds; then 504."""
     max_body_bytes: int = Field(default=1_000_000, ge=1000)
@@ -175,6 +177,14 @@ class ServingRecipe(TrainingRecipe):
     serve: ServeConfig = ServeConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests that an ingress replica takes on at once: `serve.max_queued_requests`, or what follows from the
+        engines."""
+        if self.serve.max_queued_requests is not None:
+            return self.serve.max_queued_requests
+        return max(8, 2 * self.generation.batch_rows * self.serve.generator.max_replicas)
 
     @model_validator(mode="after")
     def _required_quotes_are_written(self) -> Self:

@@ -46,7 +46,7 @@ class Sources:
 def assemble(settings: IngressSettings, sources: Sources, desk: DeskSettings | None = None) -> serve.Application:
     """The application; queues are bounded at ingress, so the deployments behind it take what ingress lets in."""
     config = settings.recipe.serve
-    in_flight = config.max_queued_requests
+    in_flight = settings.recipe.max_in_flight
     behind = (2 * in_flight + 8) * config.ingress.max_replicas  # `hybrid` asks twice
     first = functools.partial(first_pins, settings.releases, settings.served.pins)
     keep_s = max(30.0, config.request_timeout_s)

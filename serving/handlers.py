@@ -132,11 +132,14 @@ class Handlers:
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """GET /readyz: every part answers, and requests are taken."""
+        """GET /readyz: every part answers, and requests are taken. `refused` names a promoted release that does not
+        load; why stands in the log, as anybody may read this."""
         self._reception.refuse_when_draining()
         visit = self._reception.visit(request, "none", ANYBODY)
         await self._reception.within(visit, self._parts.check_ready())
-        return json_response({"status": "ready", "release": visit.conversation.release.name})
+        refused = self._parts.refused()
+        found = {"status": "ready", "release": visit.conversation.release.name}
+        return json_response({**found, "refused": refused} if refused else found)
 
     def count_refused(self, request: Request, error: ApiError) -> None:
         """Counts a request that was refused before it got under way."""

@@ -108,8 +108,9 @@ class Ingress:
         config = self._settings.recipe.serve
         parts = ApiParts(
             current=self._live.current,
-            limits=Limits(config.max_queued_requests, config.request_timeout_s, config.max_body_bytes),
+            limits=Limits(self._settings.recipe.max_in_flight, config.request_timeout_s, config.max_body_bytes),
             check_ready=self._hops.ready,
+            refused=lambda: self._live.refused,
             feedback=self._door,
             keys=self._settings.keys,
             quotas=self._quotas,

@@ -3,7 +3,8 @@
 In: the release that the graph was started with, where promoted releases are found, and how the deployments prepare one.
 Out: `current()`. A newly promoted release is opened and prepared beside the old one, and only then current; a request
 keeps the release that it began with to its end, because what it pins travels with it. A release that does not load is
-refused: the old one goes on, the reason is logged and counted, and it is tried again later. Plain asyncio.
+refused: the old one goes on, the reason is logged and counted, `refused` names it, and it is tried again later. Plain
+asyncio.
 Not covered: dropping what is no longer used (serving/residents.py).
 """
 
@@ -95,6 +96,8 @@ class LiveReleases:
         self._observer = observer
         self._every_s = every_s
         self._refused: dict[str, float] = {}
+        self.refused = ""
+        """The promoted release, while it is refused."""
         self._task: asyncio.Task[None] | None = None
 
     def current(self) -> Conversation:
@@ -120,6 +123,7 @@ class LiveReleases:
         assert self._source is not None, "there is nothing to follow"
         version = await asyncio.to_thread(self._source.promoted)
         if not version or self._current.release.name.endswith(f"/{version}"):
+            self.refused = ""
             return False
         if time.monotonic() < self._refused.get(version, 0.0):
             return False
@@ -137,9 +141,11 @@ class LiveReleases:
                     "release %s is refused, %s goes on: %s", version, self._current.release.name, _reason(error)
                 )
             self._refused[version] = time.monotonic() + TRY_REFUSED_AGAIN_S
+            self.refused = self._current.release.name.rpartition("/")[0] + f"/{version}"
             return False
         before, self._current = self._current.release.name, conversation
         self._refused.pop(version, None)
+        self.refused = ""
         self._observer.count("release_taken_up")
         logger.info("%s answers from now on, %s no longer", conversation.release.name, before)
         return True

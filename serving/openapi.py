@@ -145,7 +145,7 @@ def _responses() -> dict[str, Any]:
         "Feedback": _object({"object": {"const": "feedback"}, "request_id": _TEXT, "satisfied": _NUMBER}),
         "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE, "owned_by": _TEXT}),
         "Models": _object({"object": {"const": "list"}, "data": _array(_ref("Model"))}),
-        "Health": _object({"status": _TEXT}, release=_TEXT),
+        "Health": _object({"status": _TEXT}, release=_TEXT, refused=_TEXT),
     }
 
 

@@ -442,6 +442,9 @@ def test_readiness_fails_with_a_part():
         raise PartUnavailableError
 
     assert Service().client.get("/readyz").json()["release"] == "release/test/0123456789abcdef"
+    assert "refused" not in Service().client.get("/readyz").json()
+    ready = Service(refused=lambda: "release/test/v2").client.get("/readyz").json()
+    assert (ready["status"], ready["refused"]) == ("ready", "release/test/v2")
     assert error_of(Service(check_ready=gone).client.get("/readyz"), 503)["code"] == "not_ready"
 
 

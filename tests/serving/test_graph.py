@@ -50,6 +50,19 @@ def test_graph_admits_at_ingress_and_claims_what_the_recipe_says():
     assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (1, 4, 5)
 
 
+def test_graph_admits_by_default_what_its_engines_batch_twice_over():
+    def admitted(rows, replicas, **serve):
+        generator = {"max_replicas": replicas}
+        recipe = {"name": "a", "generation": {"batch_rows": rows}, "serve": {"generator": generator, **serve}}
+        return ServingRecipe.model_validate(recipe).max_in_flight
+
+    assert ServingRecipe(name="a").max_in_flight == 2 * ServingRecipe(name="a").generation.batch_rows
+    assert (admitted(16, 3), admitted(2, 1), admitted(16, 3, max_queued_requests=5)) == (96, 8, 5)
+    found = deployments_of(app_of(recipe_of(generator={"max_replicas": 40})))
+    assert found["ingress"].max_ongoing_requests == 4 * 2 * 16 * 40, "ingress sees what it refuses"
+    assert found["generator"].max_ongoing_requests > 2 * 2 * 16 * 40, "`hybrid` asks twice"
+
+
 def test_scaling_is_a_fixed_number_or_follows_the_load_within_its_delays():
     assert scaling(DeploymentConfig(min_replicas=2, max_replicas=2)) == {"num_replicas": 2}
     for upscale_s in (0, 1, 10, 600):

@@ -76,10 +76,20 @@ def test_live_release_that_does_not_load_is_refused_once_and_the_old_one_goes_on
     for _ in range(3):
         assert not asyncio.run(live.look())
     assert now(live) == "v0" and counts.events == ["release_refused"]
+    assert live.refused == f"release/test/{version}"
     assert len(releases.prepared) <= 1, "it is not loaded again at every look"
     assert [record for record in caplog.records if f"release {version} is refused" in record.message]
     releases.version, releases.fault = "v2", None
-    assert asyncio.run(live.look()) and now(live) == "v2"
+    assert asyncio.run(live.look()) and now(live) == "v2" and not live.refused
+
+
+def test_live_release_that_was_refused_is_forgotten_when_the_old_one_is_promoted_again():
+    releases = Releases()
+    live, _ = releases.live()
+    releases.version, releases.fault = "v1", ArtifactError("damaged")
+    asyncio.run(live.look())
+    releases.version = "v0"
+    assert live.refused and not asyncio.run(live.look()) and not live.refused
 
 
 def test_live_release_is_tried_again_when_a_replica_was_lost_meanwhile():
