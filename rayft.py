@@ -228,8 +228,8 @@ def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Ans
     """One answer by the base model over passages of the index, in this process."""
     from retrieval.retriever import Retriever
     from serving.answering import finish, prepare
+    from serving.generator import open_engine
     from serving.strategies import STRATEGIES
-    from serving.transformers_engine import TransformersEngine
     from training.base_model import base_model_directory
     from training.format import PromptFormat
 
@@ -238,9 +238,7 @@ def answer_with_rag(recipe: Recipe, index: Artifact, question: str) -> tuple[Ans
     prompt_format, rag = PromptFormat.load(recipe.prompt, recipe.language), STRATEGIES["rag"]
     prepared = prepare(question, rag, hits, prompt_format, (), recipe.generation, seed=recipe.seed)
     base = base_model_directory(recipe.model)
-    engine = TransformersEngine(
-        base, {}, recipe.model.precision, recipe.generation.batch_rows, recipe.generation.threads
-    )
+    engine = open_engine(base, {}, recipe.generation, recipe.model)
     try:
         completion = engine.generate([prepared.request])[0]
     finally:
@@ -288,7 +286,8 @@ def compare_and_promote(
     from cluster.releases import promote
     from evaluation.report import evaluate
 
-    evaluate(recipe, store, index, samples, adapters)
+    router = trained_router(recipe, store, index)
+    evaluate(recipe, store, index, samples, adapters, router=store.open_ref(router) if router else None)
     ref = release_of(recipe, store, index, samples, adapters)
     if store.current("release", recipe.name) != ref.version:
         promote(store, recipe.name, ref.version)
