@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from evaluation.records import Prediction
 from retrieval.records import Hit, Question
@@ -24,6 +24,12 @@ from serving.records import Answer, Route, Timings
 from serving.router import RouteQuery, known_facts
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy
 from training.format import PromptFormat, WorkedExample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Embedding = npt.NDArray[np.float32] | None
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +47,12 @@ class Searches(Protocol):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best hits of each query."""
+        ...
+
+    def search_and_embed(
+        self, queries: Sequence[str], k: int
+    ) -> tuple[list[list[Hit]], npt.NDArray[np.float32] | None]:
+        """`search`, and the queries' embeddings (n, dim) float32, which the router reads; none without an encoder."""
         ...
 
 
@@ -102,13 +114,17 @@ def answer_window(
     settings: AnswerSettings,
     *,
     retrieval_ms: float = 0.0,
+    embeddings: Sequence[Embedding] = (),
 ) -> list[Prediction]:
     """Answers `questions` (hits[i] were found for questions[i]) in as few batches as the engine needs.
+
+    `embeddings` are the questions', each (dim,) float32 or None, for the router of `auto`; left out: none.
 
     Requests go to the engine sorted by prompt length, so that rows of one padded batch are alike.
     `retrieval_ms` is the time per query, a batch's time divided by its queries.
     """
-    asked = [_ask(strategy, *pair, settings) for pair in zip(questions, hits, strict=True)]
+    rows = zip(questions, hits, embeddings or [None] * len(questions), strict=True)
+    asked = [_ask(strategy, *row, settings) for row in rows]
     requests = sorted((leg.request for item in asked for leg in item.prepared), key=_prompt_characters)
     completions = {completion.request_id: completion for completion in _generate(engine, requests)}
     return [Prediction(item.question, _answer(item, completions, settings, retrieval_ms)) for item in asked]
@@ -117,7 +133,7 @@ def answer_window(
 def answer_singly(
     strategy: str,
     questions: Sequence[Question],
-    search: Callable[[str], list[Hit]] | None,
+    search: Callable[[str], tuple[list[Hit], Embedding]] | None,
     engine: Generates,
     settings: AnswerSettings,
 ) -> list[Prediction]:
@@ -126,9 +142,9 @@ def answer_singly(
     predictions = []
     for question in questions:
         began = time.perf_counter()
-        hits = search(question.text) if search else []
+        hits, embedding = search(question.text) if search else ([], None)
         searched = time.perf_counter() if search else began
-        [prediction] = answer_window(strategy, [question], [hits], engine, settings)
+        [prediction] = answer_window(strategy, [question], [hits], engine, settings, embeddings=[embedding])
         ended = time.perf_counter()
         timings = Timings(
             retrieval=(searched - began) * 1000, generation=(ended - searched) * 1000, total=(ended - began) * 1000
@@ -137,13 +153,17 @@ def answer_singly(
     return predictions
 
 
-def _ask(strategy: str, question: Question, hits: Sequence[Hit], settings: AnswerSettings) -> _Asked:
+def _ask(
+    strategy: str, question: Question, hits: Sequence[Hit], embedding: Embedding, settings: AnswerSettings
+) -> _Asked:
     route = Route(strategy, reason="asked for")
     if strategy == AUTO:
         assert settings.router is not None, "`auto` needs a router"
         found = hits[: settings.generation.passages]
         known = known_facts(found, settings.update_frequencies, passage_tokens(found, settings.tokens))
-        query = RouteQuery(question.text, question.metadata, request_id=question.question_id, known=known)
+        query = RouteQuery(
+            question.text, question.metadata, embedding=embedding, request_id=question.question_id, known=known
+        )
         route = settings.router.route(query)
     legs = legs_of(route.strategy)
     try:

@@ -53,6 +53,8 @@ def predictions_plan(
     parents = {leg.adapter: parts.adapters[leg.adapter].ref for leg in legs if leg.adapter}
     if any(leg.retrieves for leg in legs):
         parents["index"] = parts.index.ref
+    if strategy == AUTO and parts.router:
+        parents["router"] = parts.router.ref
     if any(leg.few_shot for leg in legs) and parts.samples:
         parents["samples"] = parts.samples.ref
     return Plan(

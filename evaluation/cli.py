@@ -53,7 +53,15 @@ def evaluate_command(load: Load) -> Callable[..., None]:
                 f"evaluate: the release of `{config.name}` pins no samples; run `rayft demo {recipe}` first"
             )
         with ray_session(config.ray):
-            run_evaluation(config, store, parts.index, parts.samples, parts.adapters, base_digest=parts.base_digest)
+            run_evaluation(
+                config,
+                store,
+                parts.index,
+                parts.samples,
+                parts.adapters,
+                base_digest=parts.base_digest,
+                router=parts.router,
+            )
 
     return evaluate
 
@@ -158,6 +166,7 @@ def _open_parts(recipe: EvaluationRecipe, store: Store, version: str) -> tuple[P
         store.open_ref(release.index),
         store.open_ref(release.samples) if release.samples else None,
         {name: store.open_ref(ref) for name, ref in release.adapters.items()},
+        router=store.open_ref(release.router) if release.router else None,
     )
     if release.base_digest and release.base_digest != parts.base_digest:
         raise ArtifactError(

@@ -199,6 +199,7 @@ def _parts(recipe: EvaluationRecipe, store: Store, release: Release) -> Parts:
         store.open_ref(release.samples) if release.samples else None,
         {role: store.open_ref(ref) for role, ref in release.adapters.items()},
         release.base_digest,
+        store.open_ref(release.router) if release.router else None,
     )
 
 

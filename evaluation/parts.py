@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.store import Artifact, ArtifactRef, Store
 from evaluation.answering import ChoosesRoute, Generates, Searches
@@ -17,6 +18,9 @@ from evaluation.pipeline import Runner, Workers, run_on_ray
 from serving.context_budget import CountsTokens
 from serving.strategies import available_strategies
 from training.format import WorkedExample
+
+if TYPE_CHECKING:
+    from serving.router import Router
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Parts:
     base_digest: str
     """`cluster.model_source.model_digest` of the base model."""
     examples: tuple[WorkedExample, ...] = ()
+    router: Artifact | None = None
+    """The intent classifier that `auto` routes by; without it, intents by keywords."""
 
     @classmethod
     def of(
@@ -38,6 +44,7 @@ class Parts:
         samples: Artifact | None,
         adapters: Mapping[str, Artifact],
         base_digest: str = "",
+        router: Artifact | None = None,
     ) -> Parts:
         """The parts, with the worked examples that the samples hold; the base model is digested unless given."""
         from training.samples import load_examples
@@ -48,7 +55,7 @@ class Parts:
 
             base_digest = model_digest(base_model_directory(recipe.model))
         examples = tuple(load_examples(samples)) if samples else ()
-        return cls(index, samples, adapters, base_digest, examples)
+        return cls(index, samples, adapters, base_digest, examples, router)
 
     def strategies(self) -> tuple[str, ...]:
         """Names of the strategies that these parts can answer with."""
@@ -65,30 +72,37 @@ class BatchRun:
     release: str = ""
 
 
-def default_run(recipe: EvaluationRecipe, store: Store, parts: Parts, release: str = "") -> BatchRun:
-    """The recipe's own engine and retriever, on Ray Data actor pools; needs a connected Ray."""
+def open_router(recipe: EvaluationRecipe, parts: Parts) -> Router:
+    """The router of `auto` as serving has it, but for the ratings: offline nobody has rated anything.
+
+    Raises:
+        ArtifactError: The classifier reads the embeddings of another encoder than the index's.
+    """
+    from serving.intents import open_classifier
     from serving.router import Router
 
+    threshold = recipe.router.threshold
+    classifier = open_classifier(parts.router, parts.index, threshold=threshold) if parts.router else None
+    return Router(recipe.router, parts.strategies(), classifier, recipe.seed)
+
+
+def default_run(recipe: EvaluationRecipe, store: Store, parts: Parts, release: str = "") -> BatchRun:
+    """The recipe's own engine and retriever, on Ray Data actor pools; needs a connected Ray."""
     adapters = {name: artifact.ref for name, artifact in parts.adapters.items()}
     workers = Workers(
         functools.partial(_open_engine, recipe, store, adapters),
         functools.partial(_open_retriever, recipe, store, parts.index.ref),
         functools.partial(_open_tokens, recipe),
     )
-    return BatchRun(workers, run_on_ray(recipe.evaluate), Router(recipe.router, parts.strategies()), release)
+    return BatchRun(workers, run_on_ray(recipe.evaluate), open_router(recipe, parts), release)
 
 
 def _open_engine(recipe: EvaluationRecipe, store: Store, adapters: Mapping[str, ArtifactRef]) -> Generates:
-    from serving.transformers_engine import TransformersEngine
+    from serving.generator import open_engine
     from training.base_model import base_model_directory
 
-    return TransformersEngine(
-        base_model_directory(recipe.model),
-        {name: store.open_ref(ref).directory() for name, ref in adapters.items()},
-        recipe.model.precision,
-        recipe.generation.batch_rows,
-        recipe.generation.threads,
-    )
+    directories = {name: store.open_ref(ref).directory() for name, ref in adapters.items()}
+    return open_engine(base_model_directory(recipe.model), directories, recipe.generation, recipe.model)
 
 
 def _open_tokens(recipe: EvaluationRecipe) -> CountsTokens:

@@ -8,13 +8,14 @@ is loaded once per actor and not once per strategy. Not covered: what is durable
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from evaluation.answering import AnswerSettings, Generates, Searches, answer_singly, answer_window, retrieves
@@ -22,6 +23,13 @@ from evaluation.config import EvaluateConfig
 from evaluation.records import Prediction
 from retrieval.records import Hit, Question
 from serving.context_budget import CountsTokens
+from serving.strategies import AUTO
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from evaluation.answering import Embedding
 
 _CACHED_QUERIES = 50_000
 # Ray Data's own defaults restart and retry without end, so a window that kills its worker would never be given up.
@@ -61,6 +69,42 @@ class Workers:
     """The model's tokenizer, by which passages are trimmed to its context; without it nothing is trimmed."""
 
 
+@dataclass(frozen=True)
+class Retrieved:
+    """What was found for a task's questions."""
+
+    hits: Sequence[Sequence[Hit]]
+    seconds: float
+    """That searching took, of all questions together."""
+    embeddings: Sequence[Embedding] = ()
+    """The questions', each (dim,) float32 or None, for the router of `auto`; empty for what is not routed."""
+
+    @classmethod
+    def nothing(cls, task: Task) -> Retrieved:
+        """For what searches nothing."""
+        return cls([[] for _ in task.questions], 0.0)
+
+    def to_row(self) -> dict[str, Any]:
+        """Its part of a task's row on Ray Data."""
+        hits = [[hit.to_row() for hit in of_question] for of_question in self.hits]
+        vectors = [None if vector is None else vector.tolist() for vector in self.embeddings]
+        return {
+            "hits": json.dumps(hits, ensure_ascii=False),
+            "embeddings": json.dumps(vectors),
+            "retrieval_s": self.seconds,
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Retrieved:
+        """The inverse of `to_row`."""
+        import numpy as np
+
+        hits = [[Hit.from_row(hit) for hit in of_question] for of_question in json.loads(row["hits"])]
+        vectors = json.loads(row["embeddings"])
+        embeddings = [None if vector is None else np.array(vector, dtype=np.float32) for vector in vectors]
+        return cls(hits, float(row["retrieval_s"]), embeddings)
+
+
 Runner = Callable[[Workers, AnswerSettings, Sequence[Task]], Iterator[Result]]
 
 
@@ -70,27 +114,37 @@ class RetrieveStep:
     def __init__(self, open_retriever: Callable[[], Searches], k: int) -> None:
         self._retriever = open_retriever()
         self._k = k
-        self._found: dict[str, tuple[list[Hit], float]] = {}
+        self._found: dict[tuple[str, bool], tuple[list[Hit], Embedding, float]] = {}
 
-    def __call__(self, task: Task) -> tuple[list[list[Hit]], float]:
-        """Hits per question, and the seconds that searching for them took (when it was first done)."""
+    def __call__(self, task: Task) -> Retrieved:
+        """What was found for the task's questions; the seconds are those of when it was first done."""
         if task.single or not retrieves(task.strategy):
-            return [[] for _ in task.questions], 0.0
+            return Retrieved.nothing(task)
+        embed = task.strategy == AUTO
         texts = [question.text for question in task.questions]
-        unknown = list(dict.fromkeys(text for text in texts if text not in self._found))
+        unknown = list(dict.fromkeys(text for text in texts if (text, embed) not in self._found))
         if unknown:
             if len(self._found) > _CACHED_QUERIES:
                 self._found.clear()
                 unknown = list(dict.fromkeys(texts))
             began = time.perf_counter()
-            found = self._retriever.search(unknown, self._k)
+            found, vectors = self._search(unknown, embed=embed)
             seconds = (time.perf_counter() - began) / len(unknown)
-            self._found |= {text: (hits, seconds) for text, hits in zip(unknown, found, strict=True)}
-        return [self._found[text][0] for text in texts], sum(self._found[text][1] for text in texts)
+            for place, (text, hits) in enumerate(zip(unknown, found, strict=True)):
+                self._found[text, embed] = (hits, None if vectors is None else vectors[place], seconds)
+        kept = [self._found[text, embed] for text in texts]
+        embeddings = [embedding for _, embedding, _ in kept] if embed else []
+        return Retrieved([hits for hits, _, _ in kept], sum(seconds for _, _, seconds in kept), embeddings)
 
-    def search_one(self, text: str) -> list[Hit]:
-        """The hits of one query, always searched anew."""
-        return self._retriever.search([text], self._k)[0]
+    def search_one(self, text: str, *, embed: bool) -> tuple[list[Hit], Embedding]:
+        """The hits of one query, always searched anew, and its embedding where it is wanted and there is one."""
+        [hits], vectors = self._search([text], embed=embed)
+        return hits, None if vectors is None else vectors[0]
+
+    def _search(self, texts: Sequence[str], *, embed: bool) -> tuple[list[list[Hit]], npt.NDArray[np.float32] | None]:
+        if embed:
+            return self._retriever.search_and_embed(texts, self._k)
+        return self._retriever.search(texts, self._k), None
 
 
 class AnswerStep:
@@ -106,7 +160,7 @@ class AnswerStep:
         self._engine = workers.open_engine()
         self._warm: set[str] = set()
 
-    def __call__(self, task: Task, hits: Sequence[Sequence[Hit]], retrieval_s: float) -> Result:
+    def __call__(self, task: Task, found: Retrieved) -> Result:
         """The task's predictions and times."""
         began = time.perf_counter()
         if task.single:
@@ -115,28 +169,29 @@ class AnswerStep:
             predictions = answer_window(
                 task.strategy,
                 task.questions,
-                hits,
+                found.hits,
                 self._engine,
                 self._settings,
-                retrieval_ms=1000 * retrieval_s / max(1, len(task.questions)),
+                retrieval_ms=1000 * found.seconds / max(1, len(task.questions)),
+                embeddings=found.embeddings,
             )
         self._warm.add(task.strategy)
         seconds = time.perf_counter() - began
-        return Result(task.strategy, task.number, task.single, tuple(predictions), retrieval_s, seconds)
+        return Result(task.strategy, task.number, task.single, tuple(predictions), found.seconds, seconds)
 
     def _answer_singly(self, task: Task) -> list[Prediction]:
-        search = self._open_search(task.questions[0].text) if retrieves(task.strategy) else None
+        search = self._open_search(task) if retrieves(task.strategy) else None
         if task.strategy not in self._warm:  # the first request pays for set-up that no later one pays
             answer_singly(task.strategy, task.questions[:1], search, self._engine, self._settings)
         return answer_singly(task.strategy, task.questions, search, self._engine, self._settings)
 
-    def _open_search(self, first_query: str) -> Callable[[str], list[Hit]]:
+    def _open_search(self, task: Task) -> Callable[[str], tuple[list[Hit], Embedding]]:
         """The search of a retriever that is open and warm, as in a server."""
         if self._retrieve is None:
             assert self._workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
             self._retrieve = RetrieveStep(self._workers.open_retriever, self._settings.generation.passages)
-            self._retrieve.search_one(first_query)
-        return self._retrieve.search_one
+            self._retrieve.search_one(task.questions[0].text, embed=task.strategy == AUTO)
+        return functools.partial(self._retrieve.search_one, embed=task.strategy == AUTO)
 
     def close(self) -> None:
         """Frees the engine."""
@@ -154,8 +209,7 @@ def run_in_process(workers: Workers, settings: AnswerSettings, tasks: Sequence[T
     step = AnswerStep(workers, settings, retrieve)
     try:
         for task in tasks:
-            hits, seconds = retrieve(task) if retrieve else ([[] for _ in task.questions], 0.0)
-            yield step(task, hits, seconds)
+            yield step(task, retrieve(task) if retrieve else Retrieved.nothing(task))
     finally:
         step.close()
 
@@ -174,11 +228,10 @@ class _RetrieveActor:
             if self._step is None:
                 assert self._workers.open_retriever is not None, "a strategy that retrieves needs a retriever"
                 self._step = RetrieveStep(self._workers.open_retriever, self._k)
-            hits, seconds = self._step(_task_of(row))
+            found = self._step(_task_of(row))
         except UserError as error:
             return {**row, "user_error": str(error)}
-        found = [[hit.to_row() for hit in of_question] for of_question in hits]
-        return {**row, "hits": json.dumps(found, ensure_ascii=False), "retrieval_s": seconds}
+        return {**row, **found.to_row()}
 
 
 class _AnswerActor:
@@ -193,11 +246,10 @@ class _AnswerActor:
         answered = {name: row[name] for name in ("strategy", "number", "single", "retrieval_s", "user_error")}
         if row["user_error"]:
             return {**answered, "predictions": "[]", "generation_s": 0.0}
-        hits = [[Hit.from_row(hit) for hit in of_question] for of_question in json.loads(row["hits"])]
         try:
             if self._step is None:
                 self._step = AnswerStep(self._workers, self._settings)
-            result = self._step(_task_of(row), hits, float(row["retrieval_s"]))
+            result = self._step(_task_of(row), Retrieved.from_row(row))
         except UserError as error:
             return {**answered, "user_error": str(error), "predictions": "[]", "generation_s": 0.0}
         predictions = [prediction.to_row() for prediction in result.predictions]
@@ -258,8 +310,7 @@ def _row_of(task: Task) -> dict[str, Any]:
         "number": task.number,
         "single": task.single,
         "questions": questions,
-        "hits": json.dumps([[] for _ in task.questions]),
-        "retrieval_s": 0.0,
+        **Retrieved.nothing(task).to_row(),
         "user_error": "",
     }
 

@@ -41,6 +41,7 @@ def evaluate(
     adapters: Mapping[str, Artifact],
     *,
     base_digest: str = "",
+    router: Artifact | None = None,
     run: BatchRun | None = None,
 ) -> Artifact:
     """Evaluates the recipe's strategies on held-out questions and publishes the report.
@@ -52,12 +53,13 @@ def evaluate(
         samples: Holds the test questions and the worked examples.
         adapters: `raft` and `finetuned`; strategies whose adapter is missing are left out, with a line that says so.
         base_digest: `cluster.model_source.model_digest` of the base model; computed unless given.
+        router: The intent classifier that `auto` routes by.
         run: Where and with what the work is done; none takes the recipe's engine on a connected Ray.
 
     Raises:
         UserError: No strategy can be evaluated, or the samples hold no test question.
     """
-    parts = Parts.of(recipe, index, samples, adapters, base_digest)
+    parts = Parts.of(recipe, index, samples, adapters, base_digest, router)
     strategies = _strategies(recipe, parts)
     questions = choose_questions(recipe, samples)
     run = run or default_run(recipe, store, parts)

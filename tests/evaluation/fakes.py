@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import Artifact, Store
 from evaluation.config import EvaluationRecipe
@@ -53,6 +55,11 @@ class FakeRetriever:
         return [
             [Hit(passage(number_of(query) + step), 1.0 - step / 10, step + 1) for step in range(k)] for query in queries
         ]
+
+    def search_and_embed(self, queries: Sequence[str], k: int) -> tuple[list[list[Hit]], np.ndarray]:
+        """Embeddings tell the kinds of question apart: (n, 3) float32, one-hot."""
+        kinds = [next(place for place, kind in enumerate(KINDS) if kind in query) for query in queries]
+        return self.search(queries, k), np.eye(3, dtype=np.float32)[kinds]
 
 
 @dataclass

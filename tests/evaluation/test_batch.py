@@ -3,27 +3,35 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from cluster.errors import UserError
+from cluster.errors import ArtifactError, UserError
+from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import Store
 from evaluation.answering import AnswerSettings, answer_window
 from evaluation.batch import answer_all, load_predictions, load_single_requests, predictions_plan
-from evaluation.pipeline import AnswerStep, Task, Workers
+from evaluation.config import EvaluationRecipe
+from evaluation.parts import default_run, open_router
+from evaluation.pipeline import AnswerStep, Retrieved, Task, Workers
 from evaluation.windows import WindowLedger
 from retrieval.records import Hit, Passage, Question
 from serving.config import GenerationConfig
 from serving.engine import Completion
 from serving.records import Route
-from tests.evaluation.fakes import FakeEngine, FakeRetriever, make_parts, make_questions, make_recipe, make_run
+from serving.router import RouteQuery
+from tests.evaluation.fakes import KINDS, FakeEngine, FakeRetriever, make_parts, make_questions, make_recipe, make_run
 from training.format import PromptFormat
+from training.intent_model import IntentModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -105,8 +113,8 @@ def test_opening_the_retriever_is_not_part_of_a_lone_requests_time(store):
     settings = AnswerSettings(PromptFormat.load(recipe.prompt, "en"), recipe.generation)
     step = AnswerStep(Workers(lambda: engine, SlowToOpen), settings)
     questions = tuple(make_questions(3))
-    step(Task("rag", 0, questions), FakeRetriever().search([q.text for q in questions], 3), 0.0)
-    result = step(Task("rag", 0, questions, single=True), [[]] * 3, 0.0)
+    step(Task("rag", 0, questions), Retrieved(FakeRetriever().search([q.text for q in questions], 3), 0.0))
+    result = step(Task("rag", 0, questions, single=True), Retrieved([[]] * 3, 0.0))
     assert max(prediction.answer.timings_ms.retrieval for prediction in result.predictions) < 100
 
 
@@ -226,6 +234,83 @@ def test_auto_follows_the_router_question_by_question(store):
     }
     assert routes["q002"] == ("raft", "kind altitude")
     assert routes["q003"] == ("finetuned", "kind capital")
+
+
+def trained(store, index):
+    """A router that tells the kinds of question apart by their embeddings, and by nothing else."""
+    model = IntentModel(KINDS, "", "embedding", 20 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
+    model = dataclasses.replace(model, encoder="mini", encoder_digest="e" * 64)
+
+    def build(attempt):
+        model.save(attempt.directory)
+        return Outcome()
+
+    return run_stage(store, Plan(kind="router", name="invented", parents={"index": index.ref}), build)
+
+
+def index_with_encoder(store):
+    def build(attempt):
+        (attempt.directory / "rows").write_text("100\n")
+        return Outcome(counts={"chunks": 100}, measured={"encoder": "mini", "encoder_digest": "e" * 64})
+
+    return run_stage(store, Plan(kind="index", name="invented"), build)
+
+
+def test_auto_routes_by_the_release_classifier_over_the_retrievers_embeddings_as_online(store):
+    rules = [
+        {"strategy": strategy, "intent": intent, "reason": f"{intent} it is"}
+        for intent, strategy in zip(KINDS, ("raft", "finetuned", "rag"), strict=True)
+    ]
+    router = {"rules": rules, "examples": "utterances.csv"}
+    recipe = EvaluationRecipe.model_validate({**make_recipe(store.uri).model_dump(), "router": router})
+    index = index_with_encoder(store)
+    parts = dataclasses.replace(make_parts(store), index=index, router=trained(store, index))
+    chooser = pickle.loads(pickle.dumps(open_router(recipe, parts)))  # it travels to Ray's workers
+    run = dataclasses.replace(make_run(), router=chooser)
+    questions = make_questions(6)
+    artifact = answer_all(recipe, store, parts, ["auto"], questions, run, latency_rows=2)["auto"]
+    _, vectors = FakeRetriever().search_and_embed([question.text for question in questions], 1)
+    online = [
+        chooser.route(RouteQuery(question.text, embedding=vector)).strategy
+        for question, vector in zip(questions, vectors, strict=True)
+    ]
+    assert online == ["raft", "finetuned", "rag"] * 2, "without embeddings all of them would be `hybrid`"
+    assert [prediction.answer.route.strategy for prediction in load_predictions(artifact)] == online
+    routes = {p.question.question_id: p.answer.route for p in load_single_requests(artifact)}
+    assert all(route.strategy == online[int(name[1:])] for name, route in routes.items()) and len(routes) == 2
+    assert artifact.manifest.parents["router"] == str(parts.router.ref)
+    without = predictions_plan(recipe, dataclasses.replace(parts, router=None), "auto", questions)
+    assert without.version != predictions_plan(recipe, parts, "auto", questions).version
+
+
+def test_what_was_found_survives_its_way_through_ray_data():
+    hits, vectors = FakeRetriever().search_and_embed(["capital of Land1", "river of Land2"], 2)
+    found = Retrieved(hits, 0.5, [vectors[0] / 3, None])
+    again = Retrieved.from_row(found.to_row())
+    assert (again.hits, again.seconds, again.embeddings[1]) == (hits, 0.5, None)
+    assert again.embeddings[0].dtype == np.float32 and (again.embeddings[0] == vectors[0] / 3).all()
+
+
+def test_router_of_another_encoder_is_refused_before_anything_is_answered(store):
+    parts = make_parts(store)
+    with pytest.raises(ArtifactError, match="reads embeddings by mini"):
+        open_router(make_recipe(store.uri), dataclasses.replace(parts, router=trained(store, parts.index)))
+
+
+def test_batch_engine_is_the_recipes(store, monkeypatch, tmp_path):
+    opened = []
+
+    class Vllm:
+        def __init__(self, *arguments):
+            opened.append(arguments)
+
+    monkeypatch.setitem(sys.modules, "serving.vllm_engine", SimpleNamespace(VllmEngine=Vllm))
+    monkeypatch.setattr("training.base_model.base_model_directory", lambda model: tmp_path)
+    recipe = EvaluationRecipe.model_validate({**make_recipe(store.uri).model_dump(), "generation": {"engine": "vllm"}})
+    parts = make_parts(store)
+    engine = default_run(recipe, store, parts).workers.open_engine()
+    assert isinstance(engine, Vllm)
+    assert opened[0][:2] == (tmp_path, {role: adapter.directory() for role, adapter in parts.adapters.items()})
 
 
 def test_unknown_strategies_and_missing_adapters_are_refused_before_anything_runs(store):
