@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+READ_CHARACTERS = 20_000
+"""Characters of a question that the router and the retriever read: encoders read the first few hundred tokens anyway,
+and recognising the intent of a body's 1,000,000 characters held ingress up for seconds."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -140,6 +144,11 @@ class _Question:
     cached_tokens: int = 0
     rewriting: Usage = field(default_factory=Usage)
     """Tokens that making the question stand alone has taken."""
+
+    @property
+    def read(self) -> str:
+        """What the router and the retriever read of it."""
+        return self.text[:READ_CHARACTERS]
 
     @property
     def standalone(self) -> str:
@@ -269,7 +278,7 @@ class Conversation:
     def _route(self, question: _Question, embedding: npt.NDArray[np.float32] | None, known: Mapping[str, Any]) -> Route:
         ask = question.ask
         query = RouteQuery(
-            question.text, ask.metadata, ask.strategy, embedding, ask.user, ask.request_id, ask.caller.strategies, known
+            question.read, ask.metadata, ask.strategy, embedding, ask.user, ask.request_id, ask.caller.strategies, known
         )
         with self._watch.span("route") as span:
             route = self._router.route(query, self._watch.tallies())
@@ -278,7 +287,7 @@ class Conversation:
 
     async def _retrieve(self, question: _Question, *, embed: bool) -> npt.NDArray[np.float32] | None:
         ask, began = question.ask, time.perf_counter()
-        query = _search_query(question.text, self.release.generation.passages, ask.caller, ask.filter, embed=embed)
+        query = _search_query(question.read, self.release.generation.passages, ask.caller, ask.filter, embed=embed)
         with self._watch.span("retrieve", k=query.k) as span:
             found = await self._doors.search(
                 dataclasses.replace(query, traceparent=span.traceparent), self.release.pins

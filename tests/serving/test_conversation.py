@@ -8,7 +8,7 @@ from cluster.errors import UserError
 from retrieval.filters import parse_filter
 from retrieval.records import Hit
 from serving.answering import readable
-from serving.conversation import Ask, Conversation, Doors, GenerationFailedError
+from serving.conversation import READ_CHARACTERS, Ask, Conversation, Doors, GenerationFailedError
 from serving.engine import Completion
 from serving.follow_up import load_rewrite_prompt
 from serving.interfaces import Caller, Found, PartUnavailableError, StreamBrokenError
@@ -182,6 +182,18 @@ def test_auto_searches_once_and_routes_by_the_embedding_and_what_was_found():
     talk = conversation(graph, release, router=RouterConfig(rules=rules), classifier=classifier)
     made = answered(talk, ask("auto", question="Malta"))
     assert made.strategy == "rag" and len(graph.searches) == 1 and classifier.seen == ["the embedding"]
+
+
+def test_question_of_any_length_is_searched_and_routed_by_its_beginning_and_answered_whole():
+    graph, routed = Graph(), []
+    talk = conversation(graph)
+    route = talk._router.route
+    talk._router.route = lambda query, tallies: routed.append(query) or route(query, tallies)
+    question = QUESTION + " x" * 100_000
+    answered(talk, ask("auto", question=question))
+    assert len(graph.searches[0].text) == READ_CHARACTERS and graph.searches[0].text.startswith(QUESTION)
+    assert routed[0].question == graph.searches[0].text
+    assert question in "".join(message["content"] for message in graph.requests[0].messages)
 
 
 def test_auto_counts_the_passages_for_the_rules():
