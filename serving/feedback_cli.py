@@ -254,6 +254,8 @@ def _add_upkeep(app: typer.Typer, load: Load) -> None:
 
         if user is None and request is None and older_than is None:
             raise UserError("delete: say what: --user, --request or --older-than")
+        if "" in (user, request):  # a script's variable that is not set would delete what names no user
+            raise UserError("delete: an empty --user or --request names nothing; nothing was deleted")
         before = None if older_than is None else time.time() - older_than * DAY_S
         with opened(load(recipe, overrides or [])) as store:
             deleted = store.delete(Selection(user, tenant, request, before))

@@ -151,6 +151,13 @@ def test_export_keeps_to_a_tenant_or_says_that_several_are_mixed(kept, run, tmp_
     assert [question.question_id for question in read_questions(tmp_path / "f.jsonl")] == ["feedback-x1"]
 
 
+@pytest.mark.parametrize("what", ["--user", "--request"])
+def test_delete_of_an_empty_name_deletes_nothing(kept, run, what):
+    with pytest.raises(UserError, match="names nothing"):
+        run("delete", "test", what, "", "--older-than", "0")
+    assert "deleted 4 stored" in run("delete", "test", "--older-than", "0")
+
+
 def test_delete_says_how_many(kept, run):
     with pytest.raises(UserError, match="say what"):
         run("delete", "test")
