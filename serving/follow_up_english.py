@@ -289,6 +289,9 @@ def _without_pronouns(asked: str, earlier: Earlier) -> str:
 def _refers_back(asked: str, pronoun: re.Match[str]) -> bool:
     """Whether a pronoun means something of an earlier turn, and not of this question."""
     before, after, word = asked[: pronoun.start()], asked[pronoun.end() :], pronoun[1].lower()
+    *told, _ = re.split(r"[.!?;]\s+", before)
+    if not all(map(is_small_talk, told)):
+        return False  # “My laptop does not start. What do I do with it?” says itself what it is about
     is_last = not after.strip(" ?.!") and word not in _POSSESSIVE
     if is_last and not _SUBORDINATE.search(before) and before.strip():
         return True  # an object is not its own subject: “Does Italy border it?”

@@ -280,7 +280,7 @@ def test_auto_routes_by_the_release_classifier_over_the_retrievers_embeddings_as
     assert all(route.strategy == online[int(name[1:])] for name, route in routes.items()) and len(routes) == 2
     assert artifact.manifest.parents["router"] == str(parts.router.ref)
     without = predictions_plan(recipe, dataclasses.replace(parts, router=None), "auto", questions)
-    assert without.version != predictions_plan(recipe, parts, "auto", questions).version
+    assert without.ref != predictions_plan(recipe, parts, "auto", questions).ref
 
 
 def test_what_was_found_survives_its_way_through_ray_data():

@@ -77,3 +77,10 @@ def test_rewrite_prompt_faults_are_named(tmp_path):
     broken.write_text("system: x\nearlier: no place\n", encoding="utf-8")
     with pytest.raises(UserError, match="earlier"):
         load_rewrite_prompt(str(broken), "en")
+
+
+def test_pronoun_of_a_question_that_tells_its_own_story_is_left():
+    history = [{"role": "user", "content": "What is the capital of Greece?"}]
+    own = "My laptop does not start. What should I do with it?"
+    assert by_rules(history, own) == own
+    assert by_rules(history, "I see! what is its population?") == "I see! what is Greece’s population?"
