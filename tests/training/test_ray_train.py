@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 import training.ray_train
 from cluster.errors import UserError
 from training.config import TrainConfig
-from training.ray_train import Teller, blame, fit, refuse_impossible
+from training.ray_train import Teller, _claims, blame, fit, refuse_impossible
 
 
 def one_line(error: Exception, text: str) -> None:
@@ -142,6 +143,24 @@ def test_fit_gives_up_on_workers_that_are_lost_too_often_with_one_line(tmp_path)
     with pytest.raises(UserError, match=lost):
         run(killed_always, tmp_path, 1)
     assert tries(tmp_path) <= 2
+    assert not _claims(), "the next run finds the resources free"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_failed_run_leaves_no_placement_group_behind(tmp_path, monkeypatch):
+    """As Ray Train leaves one where a worker dies while its group starts."""
+    held = ray.util.placement_group([{"CPU": 0.1}])
+    assert held.wait(60)
+
+    def fail(_trainer: Any) -> None:
+        assert ray.util.placement_group([{"CPU": 0.1}]).wait(60)
+        raise OSError("lost")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fail)
+    with pytest.raises(OSError, match="lost"):
+        run(killed_always, tmp_path, 0)
+    assert _claims() == {held.id.hex()}, "what the run claimed is free, what it found is left alone"
+    ray.util.remove_placement_group(held)
 
 
 @pytest.mark.slow
