@@ -80,6 +80,8 @@ def _plan_config(
         "max_new_tokens": recipe.generation.max_new_tokens,
         "temperature": recipe.generation.temperature,
     }
+    if recipe.generation.context_tokens is not None:
+        generation["context_tokens"] = recipe.generation.context_tokens  # unset, the model's own window: its digest
     if any(leg.retrieves for leg in legs):
         generation["passages"] = recipe.generation.passages
     if any(leg.few_shot for leg in legs):
@@ -93,7 +95,8 @@ def _plan_config(
         "evaluate": {"latency_rows": latency_rows},
     }
     if strategy == AUTO:
-        config["router"] = recipe.router.model_dump()
+        # What was learned from `examples` is the parent `router`; its path differs from checkout to checkout.
+        config["router"] = recipe.router.model_dump(exclude={"examples"})
     return config
 
 

@@ -353,8 +353,23 @@ def test_a_change_recomputes_what_depends_on_it_and_nothing_else(versions, store
     assert changed(before, of(fewer)) == retrieving
     one_example = recipe.model_copy(update={"generation": GenerationConfig(examples=1)})
     assert changed(before, of(one_example)) == {"rag_fewshot"}
+    shorter = recipe.model_copy(update={"generation": GenerationConfig(context_tokens=500)})
+    assert changed(before, of(shorter)) == everything
     other_resources = recipe.model_copy(update={"generation": GenerationConfig(batch_rows=2, threads=1)})
     assert changed(before, of(other_resources)) == set()
+
+
+def test_auto_depends_on_what_routes_and_not_on_where_its_utterances_lie(versions, store):
+    parts, _ = versions
+
+    def version(**router):
+        recipe = EvaluationRecipe.model_validate({**make_recipe(store.uri).model_dump(), "router": router})
+        return predictions_plan(recipe, parts, "auto", make_questions(4)).ref.version
+
+    here = version(examples="/here/recipes/shop/intents.jsonl")
+    assert version(examples="/there/recipes/shop/intents.jsonl") == here
+    assert version(examples="/here/recipes/shop/intents.jsonl", default="rag") != here
+    assert version(examples="/here/recipes/shop/intents.jsonl", threshold=0.9) != here
 
 
 def test_an_edited_prompt_file_recomputes_everything(versions, store, tmp_path):
