@@ -54,6 +54,9 @@ class NoQuotas:
     def spend(self, caller: Caller, tokens: int) -> None:
         """Forgets."""
 
+    def close(self) -> None:
+        """Has nothing to write."""
+
 
 async def always_ready() -> None:
     """Nothing to wait for."""

@@ -22,8 +22,10 @@ from cluster.errors import ArtifactError
 from cluster.store import ArtifactRef, Store
 from serving.config import GenerationConfig
 from serving.engine import Completion, Engine, GenerationRequest
-from serving.interfaces import Pins
+from serving.interfaces import Observer, Pins
+from serving.observing import OpenSpan
 from serving.residents import Residents
+from serving.telemetry import SilentObserver
 from training.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -62,14 +64,22 @@ class _Loaded:
 class Generator:
     """Owns the engines; see the module's docstring."""
 
-    def __init__(self, source: EngineSource, first: Callable[[], list[Pins]], keep_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        source: EngineSource,
+        first: Callable[[], list[Pins]],
+        keep_s: float = 300.0,
+        observe: Callable[[], Observer] = SilentObserver,
+    ) -> None:
         """Opens the engine of a release, before the replica counts as ready.
 
         Args:
             source: Opens engines.
             first: Pins to start with: the first that loads is taken, and the error of the last is raised.
             keep_s: Seconds that a part is kept after its last use, once a newer release is served.
+            observe: Makes the observer whose spans stand below those of ingress.
         """
+        self._observer = observe()
         self._source = source
         self._keep_s = keep_s
         self._engines: Residents[_Loaded] = Residents(lambda _, loaded: loaded.engine.close(), keep_s)
@@ -104,12 +114,13 @@ class Generator:
 
     async def generate(self, request: GenerationRequest, pins: Pins) -> Completion:
         """One completion; a caller that goes away frees its slot."""
-        async with self._engine(pins, request.adapter) as engine:
-            ticket = engine.submit(request)
-            try:
-                return await asyncio.wrap_future(ticket.completion)
-            finally:
-                ticket.cancel()  # without effect on a request that has ended
+        with self._span(request) as span:
+            async with self._engine(pins, request.adapter) as engine:
+                ticket = engine.submit(request)
+                try:
+                    return _told(span, await asyncio.wrap_future(ticket.completion))
+                finally:
+                    ticket.cancel()  # without effect on a request that has ended
 
     async def stream(self, request: GenerationRequest, pins: Pins) -> AsyncGenerator[str | Completion, None]:
         """Text pieces as they are generated, then the completion."""
@@ -120,17 +131,23 @@ class Generator:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        async with self._engine(pins, request.adapter) as engine:
-            ticket = engine.submit(request, put)
-            ticket.completion.add_done_callback(lambda done: put(done.result()))
-            try:
-                while True:
-                    for event in _joined(await events.get(), events):
-                        yield event
-                        if isinstance(event, Completion):
-                            return
-            finally:
-                ticket.cancel()
+        with self._span(request) as span:
+            async with self._engine(pins, request.adapter) as engine:
+                ticket = engine.submit(request, put)
+                ticket.completion.add_done_callback(lambda done: put(done.result()))
+                try:
+                    while True:
+                        for event in _joined(await events.get(), events):
+                            if isinstance(event, Completion):
+                                yield _told(span, event)
+                                return
+                            yield event
+                finally:
+                    ticket.cancel()
+
+    def _span(self, request: GenerationRequest) -> OpenSpan:
+        """Around all that the replica does for a request: loading what it pins, waiting, generating."""
+        return OpenSpan(self._observer, "engine", {"adapter": request.adapter or ""}, request.traceparent)
 
     async def prepare(self, pins: Pins) -> None:
         """Loads what the pins name, beside what serves.
@@ -156,6 +173,21 @@ class Generator:
         if hasattr(self, "_engines"):
             for loaded in self._engines.things():
                 loaded.engine.close()
+        if hasattr(self, "_observer"):
+            self._observer.close()
+
+
+def _told(span: OpenSpan, completion: Completion) -> Completion:
+    """The completion, its figures told to the span."""
+    span.set(
+        finish_reason=completion.finish_reason,
+        error_code=completion.error_code,
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        queue_ms=completion.queue_ms,
+        generation_ms=completion.generation_ms,
+    )
+    return completion
 
 
 def _joined(first: str | Completion, events: asyncio.Queue[str | Completion]) -> list[str | Completion]:

@@ -9,6 +9,7 @@ Not covered: bringing the application up and down (serving/service.py).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,13 @@ from serving.config import DeploymentConfig, ServingRecipe
 from serving.feedback import DeskSettings, FeedbackDesk, check_feedback
 from serving.generator import EngineSource, Generator, StoreEngines
 from serving.ingress import Ingress, IngressSettings
+from serving.interfaces import Observer
 from serving.keys import open_keys
 from serving.live_releases import StoreReleases, first_pins
 from serving.opened_release import StoreParts, served_release
 from serving.quotas import QuotaReplica, has_quotas
 from serving.retriever_replica import RetrieverReplica, RetrieverSource, StoreRetrievers
+from serving.telemetry import make_observer
 
 CONSTRUCTOR_TRIES = 1  # what fails to load is damaged or does not fit, and will not fit the next time
 HEALTH_PERIOD_S = 2.0  # how soon a dead replica is replaced; Serve's own 10 s is the longer part of a retry
@@ -51,12 +54,12 @@ def assemble(settings: IngressSettings, sources: Sources, desk: DeskSettings | N
     first = functools.partial(first_pins, settings.releases, settings.served.pins)
     keep_s = max(30.0, config.request_timeout_s)
     generator = _deployment(Generator, "generator", config.generator, settings, behind).bind(
-        sources.engines, first, keep_s
+        sources.engines, first, keep_s, _spans(settings, "generator")
     )
     retriever = feedback = quotas = None
     if sources.retrievers is not None and settings.served.pins.index:
         retriever = _deployment(RetrieverReplica, "retriever", config.retriever, settings, behind).bind(
-            sources.retrievers, first, keep_s
+            sources.retrievers, first, keep_s, _spans(settings, "retriever")
         )
     side = DeploymentConfig(cpus=SIDE_CPUS)
     if desk is not None:
@@ -69,6 +72,12 @@ def assemble(settings: IngressSettings, sources: Sources, desk: DeskSettings | N
     return _deployment(serve.ingress()(Ingress), "ingress", config.ingress, settings, max(1000, 4 * in_flight)).bind(
         settings, generator, retriever, feedback, quotas
     )
+
+
+def _spans(settings: IngressSettings, deployment: str) -> Callable[[], Observer]:
+    """Makes the observer of a replica behind ingress: spans alone, since ingress measures every hop."""
+    config = settings.recipe.telemetry.model_copy(update={"metrics": False})
+    return functools.partial(make_observer, config, deployment)
 
 
 def _deployment(

@@ -209,6 +209,10 @@ class Quotas(Protocol):
         """Counts tokens after an answer; at once."""
         ...
 
+    def close(self) -> None:
+        """Writes what is counted and not written yet; on shutdown."""
+        ...
+
 
 class Observer(Protocol):
     """Metrics and spans; every call returns at once and never raises."""
@@ -251,6 +255,10 @@ class Observer(Protocol):
         """A span around a request or a hop (`request`, `route`, `retrieve`, `generate`; on the replicas `search` and
         `engine`). `parent` is a W3C traceparent from outside this process (the caller's header, a hop's request);
         empty: the span that is open here."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is not sent yet; on shutdown."""
         ...
 
 

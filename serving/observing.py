@@ -28,9 +28,12 @@ def _harmless(what: str) -> Iterator[None]:
 class OpenSpan:
     """A span that opens, or does not."""
 
-    def __init__(self, observer: Observer | None, name: str, attributes: dict[str, str | int | float | bool]) -> None:
-        """Opens at once where a `with` block begins; `attributes` hold no user's text."""
-        self._observer, self._name, self._attributes = observer, name, attributes
+    def __init__(
+        self, observer: Observer | None, name: str, attributes: dict[str, str | int | float | bool], parent: str = ""
+    ) -> None:
+        """Opens at once where a `with` block begins, below `parent` or else what is open there; `attributes` hold no
+        user's text."""
+        self._observer, self._name, self._attributes, self._parent = observer, name, attributes, parent
         self._span: SpanContext | None = None
         self.traceparent = ""
 
@@ -38,7 +41,7 @@ class OpenSpan:
         """Opens it."""
         if self._observer is not None:
             with _harmless("a span"):
-                self._span = self._observer.span(self._name, "", **self._attributes).__enter__()
+                self._span = self._observer.span(self._name, self._parent, **self._attributes).__enter__()
                 self.traceparent = self._span.traceparent
         return self
 

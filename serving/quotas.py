@@ -3,7 +3,8 @@
 In: callers before their request, tokens after their answer. Out: nothing, or 429 with the seconds after which the
 same request is let in. Requests are counted in a sliding minute, so the quota holds over every minute and not only
 from one full minute to the next; what is refused is not counted. Tokens are counted per day (UTC) once an answer is
-there, so requests that are under way when the quota ends go on.
+there, so requests that are under way when the quota ends go on; where its caller leaves or its time is up, what it has
+taken until then (serving/visits.py).
 A key without a quota asks nobody. With one ingress replica the counts are in its process; several share one ledger,
 the deployment `quotas`, which costs one hop. While that cannot be reached requests are let in: a quota bounds cost,
 not access, the limit on requests at once still holds, and Serve replaces the ledger within seconds.
@@ -55,6 +56,10 @@ class Ledger(Protocol):
 
     async def spend(self, key_id: str, tokens: int) -> None:
         """Counts tokens."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is not written yet; on shutdown."""
         ...
 
 
@@ -198,6 +203,9 @@ class HandleLedger:
         """Counts tokens."""
         await self._handle.spend.remote(key_id, tokens)
 
+    def close(self) -> None:
+        """The deployment writes its counts itself."""
+
 
 class KeyQuotas:
     """The server's `Quotas`."""
@@ -235,6 +243,10 @@ class KeyQuotas:
         task = asyncio.get_running_loop().create_task(self._spend(caller.key_id, tokens))
         self._spending.add(task)  # a loop forgets a task that nobody else holds
         task.add_done_callback(self._spending.discard)
+
+    def close(self) -> None:
+        """Has the ledger write what it has not written yet; on shutdown."""
+        self._ledger.close()
 
     async def _spend(self, key_id: str, tokens: int) -> None:
         try:

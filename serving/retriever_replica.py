@@ -20,8 +20,10 @@ from retrieval.config import EncoderConfig, SearchConfig
 from retrieval.filters import Filter
 from retrieval.records import Hit
 from serving.generator import first_that_loads
-from serving.interfaces import Embedded, Found, Pins, SearchQuery
+from serving.interfaces import Embedded, Found, Observer, Pins, SearchQuery
+from serving.observing import OpenSpan
 from serving.residents import Residents
+from serving.telemetry import SilentObserver
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,8 +96,15 @@ class _Asked:
 class RetrieverReplica:
     """Owns the indexes; see the module's docstring."""
 
-    def __init__(self, source: RetrieverSource, first: Callable[[], list[Pins]], keep_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        source: RetrieverSource,
+        first: Callable[[], list[Pins]],
+        keep_s: float = 300.0,
+        observe: Callable[[], Observer] = SilentObserver,
+    ) -> None:
         """Opens an index, before the replica counts as ready; see `Generator` for the arguments."""
+        self._observer = observe()
         self._source = source
         self._indexes: Residents[Searches] = Residents(lambda _, retriever: None, keep_s)
         self._waiting: list[_Asked] = []
@@ -106,13 +115,16 @@ class RetrieverReplica:
 
     async def search(self, query: SearchQuery, pins: Pins) -> Found:
         """The best passages that the caller may see, k of them or all."""
-        async with self._indexes.held(pins.index, functools.partial(self._source.open, pins.index)) as retriever:
-            self._indexes.keep({pins.index})
-            found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-            self._waiting.append(_Asked(query, pins.index, retriever, found))
-            if self._drainer is None or self._drainer.done():
-                self._drainer = asyncio.create_task(self._drain())
-            return await found
+        with OpenSpan(self._observer, "search", {"k": query.k}, query.traceparent) as span:
+            async with self._indexes.held(pins.index, functools.partial(self._source.open, pins.index)) as retriever:
+                self._indexes.keep({pins.index})
+                waiting: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+                self._waiting.append(_Asked(query, pins.index, retriever, waiting))
+                if self._drainer is None or self._drainer.done():
+                    self._drainer = asyncio.create_task(self._drain())
+                found = await waiting
+                span.set(hits=len(found.hits))
+                return found
 
     async def embed(self, texts: Sequence[str], pins: Pins) -> Embedded:
         """Embeddings by the index's encoder.
@@ -155,6 +167,10 @@ class RetrieverReplica:
 
     async def ready(self) -> None:
         """Returns when the replica answers."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_observer"):
+            self._observer.close()
 
 
 def _search(batch: list[_Asked]) -> list[Found]:

@@ -196,8 +196,9 @@ class Telemetry:
 
     def close(self) -> None:
         """Sends the spans that are not sent yet; on shutdown."""
-        if self._tracer is not None:
-            self._tracer.close()
+        tracer, self._tracer = self._tracer, None
+        if tracer is not None:
+            tracer.close()
 
     def _tell(self, tell: Callable[[Metrics], None]) -> None:
         if self._metrics is None:

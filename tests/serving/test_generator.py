@@ -2,12 +2,16 @@ import asyncio
 import dataclasses
 
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from cluster.errors import ArtifactError
 from cluster.stage import Outcome, Plan, run_stage
 from serving.config import GenerationConfig
 from serving.generator import Generator, StoreEngines
 from serving.interfaces import Pins
+from serving.telemetry import Telemetry
+from serving.tracing import Tracer
 from tests.serving.fakes import base_request, wait_until
 from tests.serving.fakes_graph import NamingEngines, pins_of
 from training.config import ModelConfig
@@ -185,3 +189,26 @@ def publish_adapter(store, name, path):
         return Outcome({}, {})
 
     return run_stage(store, plan, copy)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_generator_says_what_it_did_in_a_span_below_the_callers(tmp_path, method):
+    spans = InMemorySpanExporter()
+    observer = Telemetry(tracer=Tracer(SimpleSpanProcessor(spans), "generator"))
+    pins = pins_of("v0")
+    generator = Generator(NamingEngines(), lambda: [pins], observe=lambda: observer)
+    request = dataclasses.replace(asked(pins), traceparent=f"00-{'4' * 32}-{'5' * 16}-01")
+
+    async def ask():
+        if method == "generate":
+            await generator.generate(request, pins)
+        else:
+            assert [event async for event in generator.stream(request, pins)]
+
+    asyncio.run(ask())
+    [span] = spans.get_finished_spans()
+    assert (span.name, f"{span.parent.span_id:x}", f"{span.context.trace_id:x}") == ("engine", "5" * 16, "4" * 32)
+    told = {name.removeprefix("rayft."): value for name, value in span.attributes.items()}
+    assert (told["adapter"], told["finish_reason"], told["completion_tokens"]) == ("adapter/raft/v0", "stop", 7)
+    generator.__del__()  # as Serve does when the replica stops
+    assert spans._stopped, "nothing is left unsent"

@@ -4,12 +4,16 @@ import time
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from cluster.errors import ArtifactError
 from retrieval.filters import parse_filter
 from retrieval.records import Hit, Passage
 from serving.interfaces import SearchQuery
 from serving.retriever_replica import RetrieverReplica
+from serving.telemetry import Telemetry
+from serving.tracing import Tracer
 from tests.serving.fakes_graph import NamingRetrievers, pins_of
 
 V0 = pins_of("v0")
@@ -182,3 +186,15 @@ def test_retriever_prepare_of_what_does_not_load_raises_and_changes_nothing():
         return await replica.search(SearchQuery("a", 1), V0)
 
     assert len(asyncio.run(prepare()).hits) == 1
+
+
+def test_retriever_says_what_it_found_in_a_span_below_the_callers():
+    spans = InMemorySpanExporter()
+    observer = Telemetry(tracer=Tracer(SimpleSpanProcessor(spans), "retriever"))
+    replica = RetrieverReplica(NamingRetrievers(), lambda: [V0], observe=lambda: observer)
+    asyncio.run(replica.search(SearchQuery("a", 3, traceparent=f"00-{'4' * 32}-{'5' * 16}-01"), V0))
+    [span] = spans.get_finished_spans()
+    assert (span.name, f"{span.parent.span_id:x}", f"{span.context.trace_id:x}") == ("search", "5" * 16, "4" * 32)
+    assert span.attributes == {"rayft.k": 3, "rayft.hits": 1}
+    replica.__del__()  # as Serve does when the replica stops
+    assert spans._stopped, "nothing is left unsent"
