@@ -54,6 +54,15 @@ READ_CHARACTERS = 20_000
 and recognising the intent of a body's 1,000,000 characters held ingress up for seconds."""
 
 
+@dataclass
+class Taken:
+    """What a question has sent to the model and got from it so far: what it costs where nobody gets an answer."""
+
+    prompts: list[Sequence[Message]] = field(default_factory=list)
+    pieces: int = 0
+    """Of text, a token each at the least."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """A question, who asks it and what they wish; None takes the recipe's."""
@@ -75,6 +84,8 @@ class Ask:
     """The end user, as the caller names them: A/B tests treat them alike, and feedback is deleted by it."""
     filter: Filter | None = None
     """Only matching documents are searched, among those that the caller's key opens."""
+    taken: Taken = field(default_factory=Taken, compare=False, repr=False)
+    """Counted while the question is answered."""
 
     @property
     def instructions(self) -> str:
@@ -220,7 +231,9 @@ class Conversation:
                         if rest := reader.end(answer):
                             yield rest
                         yield answer
-                    elif shown := reader.push(piece):
+                        continue
+                    ask.taken.pieces += 1
+                    if shown := reader.push(piece):
                         yield shown
 
     async def search(
@@ -234,6 +247,13 @@ class Conversation:
         """Embeddings by the index's encoder; only for a release that `embeds`."""
         assert self._doors.embed is not None, "a release that embeds has a retriever"
         return await self._doors.embed(texts, self.release.pins)
+
+    async def tokens_taken(self, ask: Ask) -> int:
+        """The least that a question without an answer has taken: its prompts, and a token per piece of text."""
+        taken, tokens = ask.taken, self._tokens
+        if tokens is None:
+            return taken.pieces
+        return taken.pieces + await asyncio.to_thread(lambda: sum(map(tokens.count, taken.prompts)))
 
     async def _understand(self, ask: Ask) -> _Question:
         """The question with its route and hits. What was asked for decides whether anything is searched; for `auto`
@@ -265,11 +285,13 @@ class Conversation:
             request = GenerationRequest(
                 f"{ask.request_id}/question", messages, max_new_tokens=prompt.max_new_tokens, seed=release.seed
             )
+            ask.taken.prompts.append(messages)
             with self._watch.span("generate", strategy="question") as span:
                 request = dataclasses.replace(request, traceparent=span.traceparent)
                 reply = await self._doors.generate(request, release.pins)
             question.rewriting = Usage(reply.prompt_tokens, reply.completion_tokens)
             question.cached_tokens += reply.cached_tokens
+            ask.taken.pieces += reply.completion_tokens
             if reply.finish_reason == "stop" and (found := rewritten(reply.text, ask.history, ask.question)):
                 question.text = found
                 return
@@ -328,6 +350,7 @@ class Conversation:
             top_p=1.0 if ask.top_p is None else ask.top_p,
             stop=ask.stop,
         )
+        ask.taken.prompts.append(request.messages)
         return dataclasses.replace(prepared, request=request)
 
     def _finish(self, question: _Question, completion: Completion, strategy: Strategy, prepared: Prepared) -> Answer:
@@ -358,7 +381,7 @@ class Conversation:
         heard = _Heard()
         with self._watch.span("generate", strategy=HYBRID) as span:
             for_cited, for_closed = _traced(for_cited, span.traceparent), _traced(for_closed, span.traceparent)
-            closed_book = asyncio.create_task(self._closed_book(for_closed.request, heard))
+            closed_book = asyncio.create_task(self._closed_book(for_closed.request, heard, question.ask.taken))
             try:
                 completion = await self._doors.generate(for_cited.request, self.release.pins)
                 cited = self._finish(question, completion, legs[0], for_cited)
@@ -374,7 +397,7 @@ class Conversation:
                 await asyncio.gather(closed_book, return_exceptions=True)
         return combine(cited, other, self.release.prompt_format, question.route)
 
-    async def _closed_book(self, request: GenerationRequest, heard: _Heard) -> Completion:
+    async def _closed_book(self, request: GenerationRequest, heard: _Heard, taken: Taken) -> Completion:
         """A completion, counted while it is generated, because a cancelled one does not say what it took."""
         try:
             async with aclosing(self._doors.stream(request, self.release.pins)) as pieces:
@@ -382,6 +405,7 @@ class Conversation:
                     if isinstance(piece, Completion):
                         return piece
                     heard.pieces += 1
+                    taken.pieces += 1
         except StreamBrokenError:  # nobody has seen the pieces, so the answer may be generated anew
             heard.pieces = 0
         return await self._doors.generate(request, self.release.pins)

@@ -296,6 +296,24 @@ def test_hybrid_caller_who_goes_away_cancels_both():
     assert sorted(graph.cancelled) == ["finetuned", "raft"]
 
 
+def test_question_without_an_answer_has_taken_both_prompts_of_hybrid_and_what_was_heard():
+    graph, tokens, asked = Graph(delay_s={"raft": 1, "finetuned": 0.01}), Tokens(), ask("hybrid")
+    talk = conversation(graph, tokens=tokens)
+
+    async def leave():
+        assert await talk.tokens_taken(asked) == 0
+        task = asyncio.create_task(talk.answer(asked))
+        while len(graph.streamed) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return await talk.tokens_taken(asked)
+
+    taken = asyncio.run(leave())
+    prompts = sum(tokens.count(request.messages) for request in graph.requests)
+    assert len(graph.requests) == 2 and prompts + 3 <= taken <= prompts + len(graph.streamed)
+
+
 def test_hybrid_is_not_offered_where_a_part_lacks():
     with pytest.raises(UserError, match="`hybrid` needs a part that this release lacks"):
         answered(conversation(Graph(), served_release(adapters=("raft",))), ask("hybrid"))
