@@ -153,7 +153,7 @@ class Handlers:
         return [MODEL_PREFIX + name for name in usable(release.available, visit.caller)] + embedding
 
     def _events(self, visit: Visit, ask: Ask, body: GenerationBody) -> StreamEvents:
-        visit.strategy = ask.strategy
+        visit.strategy, visit.unpaid = ask.strategy, ask
         return StreamEvents(
             request_id=ask.request_id,
             model=body.model,

@@ -48,6 +48,8 @@ class Visit:
     strategy: str
     """What metrics count it under."""
     outcome: str = "ok"
+    unpaid: Ask | None = None
+    """The question that is being answered; none once its answer is charged."""
     span: SpanContext = NO_SPAN
     began: float = field(default_factory=time.perf_counter)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -70,6 +72,7 @@ class Reception:
         """Everything that requests share."""
         self.parts = parts
         self._admission = Admission(parts.limits.max_in_flight, parts.observer.in_flight)
+        self._charging: set[asyncio.Task[None]] = set()
 
     async def enter(self, request: Request, schema: type[Schema], strategy: str = "none") -> tuple[Visit, Schema]:
         """What a POST needs before it can be looked at: a server that takes it, a caller, a body."""
@@ -141,12 +144,15 @@ class Reception:
         except (asyncio.CancelledError, GeneratorExit):
             visit.outcome = "cancelled"
             parts.observer.count("cancelled")
+            self._charge_unanswered(visit)
             raise
         except Exception as error:
             known = self._known(visit, error)
             visit.outcome = known.code
             if known.status == 429:
                 parts.observer.count("refused")
+            if isinstance(error, TimeoutError):
+                self._charge_unanswered(visit)
             raise known from error
         finally:
             parts.observer.request(strategy=visit.strategy, outcome=visit.outcome, seconds=visit.seconds)
@@ -157,8 +163,22 @@ class Reception:
             return ApiError(504, f"no answer within {limit:g} s", code="deadline_exceeded")
         return api_error(error, request_id(visit.http), self.parts.unavailable)
 
+    def _charge_unanswered(self, visit: Visit) -> None:
+        """Charges what a question has taken whose caller left or whose time was up; what fails here costs nothing.
+        Nobody waits for it, as prompts are tokenised."""
+        if (ask := visit.unpaid) is None:
+            return
+
+        async def charge() -> None:
+            self.parts.quotas.spend(visit.caller, await visit.conversation.tokens_taken(ask))
+
+        task = asyncio.get_running_loop().create_task(charge())
+        self._charging.add(task)  # a loop forgets a task that nobody else holds
+        task.add_done_callback(self._charging.discard)
+
     def answered(self, visit: Visit, ask: Ask, answer: Answer) -> None:
         """Counts, charges and logs an answer."""
+        visit.unpaid = None
         visit.strategy = answer.strategy
         visit.outcome = "abstained" if answer.abstained else "cut" if answer.finish_reason == "length" else "ok"
         tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens

@@ -154,11 +154,20 @@ class Service:
     """The API over a fake graph, and a client for it."""
 
     def __init__(
-        self, graph=None, *, timeout_s=5.0, in_flight=4, max_body_bytes=20_000, feedback=None, release=None, **parts
+        self,
+        graph=None,
+        *,
+        timeout_s=5.0,
+        in_flight=4,
+        max_body_bytes=20_000,
+        feedback=None,
+        release=None,
+        tokens=None,
+        **parts,
     ):
         self.graph = graph or FakeGraph()
         self.observer, self.feedback, self.quotas = FakeObserver(), feedback or FakeFeedback(), FakeQuotas()
-        self.served = release or served_release()
+        self.served, self.tokens = release or served_release(), tokens
         self.conversation = self.converse(self.served)
         given = {"feedback": self.feedback, "observer": self.observer, "quotas": self.quotas, **parts}
         limits = Limits(in_flight, timeout_s, max_body_bytes)
@@ -170,7 +179,7 @@ class Service:
         doors = Doors(
             self.graph.search, self.graph.generate, self.graph.stream, self.graph.embed, self.feedback, self.observer
         )
-        return Conversation(served, Router(RouterConfig(), served.available), doors)
+        return Conversation(served, Router(RouterConfig(), served.available), doors, self.tokens)
 
     def post(self, model="rayft-raft", messages=USER, **body):
         return self.client.post("/v1/chat/completions", json={"model": model, "messages": messages, **body})

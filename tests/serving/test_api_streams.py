@@ -137,6 +137,49 @@ def test_client_that_leaves_frees_its_slot_at_once(stream, heard):
     assert service.observer.requests == [("base", "cancelled")]
 
 
+class PromptOf100Tokens:
+    window = 10_000
+
+    def count(self, messages):
+        return 100
+
+
+def test_stream_whose_reader_leaves_pays_for_its_prompt_and_for_what_it_got():
+    service = Service(FakeGraph({None: "Athens" + " of old" * 500}, delay_s=0.005), tokens=PromptOf100Tokens())
+    with serving(service.api) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        body = {"model": "base", "messages": USER, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            heard = 0
+            for line in response.iter_lines():
+                heard += line.startswith("data")
+                if heard > 20:
+                    break
+        assert wait_until(lambda: service.quotas.spent, timeout_s=2), "nothing was charged"
+    assert 119 <= service.quotas.spent < 1000  # its first event has no text
+
+
+def test_request_that_is_cut_at_its_deadline_pays_for_what_it_took():
+    service = Service(FakeGraph(delay_s=0.05), timeout_s=0.3, tokens=PromptOf100Tokens())
+    with service.client:
+        events_of(service.post("base", stream=True), done=False)
+        assert wait_until(lambda: service.quotas.spent, timeout_s=2), "nothing was charged"
+        streamed, service.quotas.spent = service.quotas.spent, 0
+        error_of(service.post("base"), 504)
+        assert wait_until(lambda: service.quotas.spent, timeout_s=2), "nothing was charged"
+    assert 101 <= streamed < 113 and service.quotas.spent == 100
+
+
+def test_answer_is_charged_once_and_a_failure_of_the_server_never():
+    service = Service(tokens=PromptOf100Tokens())
+    with service.client:
+        service.events("base")
+        service.graph.error_code = "internal_error"
+        error_of(service.post("base"), 500)
+        service.graph.error_code, service.graph.breaks_after = "", 3
+        events_of(service.post("base", stream=True), done=False)
+    assert service.quotas.spent == 18
+
+
 def test_event_source_sends_together_what_is_ready():
     async def events():
         for number in range(50):
