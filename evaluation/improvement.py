@@ -92,15 +92,30 @@ def improve(
             release do not fit.
     """
     from serving.feedback_cli import export_feedback
-    from training.format import FORMAT_VERSION
-    from training.lora import ROLES, train_adapters
-    from training.samples import build_samples
 
     served = open_release(store, recipe.name)
     index = _improvable(recipe, store, served)
     export_feedback(recipe, out, tenant)
     questions = recipe.questions.model_copy(update={"train_path": str(out)})
     recipe = recipe.model_copy(update={"questions": questions})
+    candidate = _train_candidate(recipe, store, served, index)
+    if candidate.ref == served.ref:
+        say(f"improve: {served.ref} is served already: nothing was accepted since it was trained")
+        return served
+    verdicts = compare_releases(recipe, store, served, candidate, margin=margin, run_of=run_of)
+    for verdict in verdicts:
+        say(f"improve: {verdict.describe()}")
+    _promote_unless_worse(store, served, candidate, verdicts[0])
+    say(f"improve: set questions.train_path to {out} in the recipe, so that later trainings keep what users taught")
+    return candidate
+
+
+def _train_candidate(recipe: EvaluationRecipe, store: Store, served: Release, index: Artifact) -> Release:
+    """The served release with the adapters that `recipe`'s questions train, published but not promoted."""
+    from training.format import FORMAT_VERSION
+    from training.lora import ROLES, train_adapters
+    from training.samples import build_samples
+
     samples = build_samples(recipe, store, index)
     objectives = [objective for objective, role in ROLES.items() if role in served.adapters]
     adapters = train_adapters(recipe, store, samples, objectives)
@@ -114,28 +129,29 @@ def improve(
         prompt_format=FORMAT_VERSION,
         router=served.router,
     )
-    if ref == served.ref:
-        say(f"improve: {ref} is served already: nothing was accepted since it was trained")
-        return served
-    candidate = open_release(store, recipe.name, ref.version)
-    verdicts = compare_releases(recipe, store, served, candidate, margin=margin, run_of=run_of)
-    for verdict in verdicts:
-        say(f"improve: {verdict.describe()}")
-    decisive = verdicts[0]
+    return open_release(store, recipe.name, ref.version)
+
+
+def _promote_unless_worse(store: Store, served: Release, candidate: Release, decisive: Verdict) -> None:
+    """Makes the candidate the release that is served.
+
+    Raises:
+        NotBetterError: It is worse.
+        UserError: Another release than the one that it was compared with is served by now.
+    """
     if decisive.worse:
         names = " and ".join(METRICS[name].label for name in decisive.worse)
         raise NotBetterError(
             f"improve: {candidate.ref} is not promoted, it is worse by {names} ({decisive.describe()}; "
-            f"{decisive.rule()}); {served.ref} stays. `rayft promote RECIPE {ref.version}` promotes it all the same"
+            f"{decisive.rule()}); {served.ref} stays. `rayft promote RECIPE {candidate.version}` promotes it all the "
+            "same"
         )
-    if store.current(served.ref.kind, recipe.name) != served.version:
+    if store.current(served.ref.kind, served.name) != served.version:
         raise UserError(
             f"improve: another release was promoted meanwhile; {candidate.ref} was compared with {served.ref}"
         )
-    promote(store, recipe.name, ref.version)
+    promote(store, candidate.name, candidate.version)
     say(f"improve: {candidate.ref} is promoted: not worse than {served.ref} by {decisive.strategy} ({decisive.rule()})")
-    say(f"improve: set questions.train_path to {out} in the recipe, so that later trainings keep what users taught")
-    return candidate
 
 
 def _improvable(recipe: EvaluationRecipe, store: Store, served: Release) -> Artifact:
