@@ -157,9 +157,14 @@ def finish(
         passages_left_out=passages_left_out,
     )
     if route.require_quote and not answer.abstained and not verified(answer):
-        reason = f"{route.reason}; no quote verified, so there is no answer"
-        return _abstention(dataclasses.replace(answer, route=dataclasses.replace(route, reason=reason)), prompt_format)
+        return _abstention(dataclasses.replace(answer, route=_without_a_quote(route)), prompt_format)
     return answer
+
+
+def _without_a_quote(route: Route) -> Route:
+    """The route of an answer that was dropped for want of a quote."""
+    why = "no quote verified, so there is no answer"
+    return dataclasses.replace(route, reason=f"{route.reason}; {why}" if route.reason else why)
 
 
 def _abstention(answer: Answer, prompt_format: PromptFormat) -> Answer:
@@ -181,13 +186,16 @@ def verified(answer: Answer) -> tuple[Citation, ...]:
 
 def combine(cited: Answer, closed_book: Answer, prompt_format: PromptFormat, route: Route) -> Answer:
     """The hybrid answer: `cited` when one of its quotes verifies, else `closed_book` (without a source), else an
-    abstention. Tokens are added up; the two ran side by side, so the times are those of the one that took longer."""
-    if verified(cited) and not cited.abstained:
+    abstention; an error of a leg that it needs is its own. Tokens are added up; the two ran side by side, so the times
+    are those of the one that took longer."""
+    if cited.error or (verified(cited) and not cited.abstained):
         chosen = cited
-    elif not closed_book.abstained:
+    elif closed_book.error or not closed_book.abstained:
         chosen = dataclasses.replace(closed_book, hits=cited.hits, passages_left_out=cited.passages_left_out)
     else:
         chosen = _abstention(cited, prompt_format)
+        if route.require_quote and _without_a_quote(route) in (cited.route, closed_book.route):
+            route = _without_a_quote(route)
     retrieval = cited.timings_ms.retrieval
     # By what the engine took, not by `total`: online, the second to be read has the later total, and offline the
     # closed-book one has searched nothing.

@@ -186,6 +186,24 @@ def test_combine_never_takes_the_closed_book_answer_where_a_quote_is_required():
             for name, said in (("raft", text), ("finetuned", "<ANSWER>: Patras"))
         ]
 
-    assert combine(*legs(UNVERIFIED), FORMAT, route).abstained
+    refused = combine(*legs(UNVERIFIED), FORMAT, route)
+    assert refused.abstained and "no quote verified, so there is no answer" in refused.route.reason
+    own = combine(*legs(f"<ANSWER>: {FORMAT.texts.abstention}"), FORMAT, route)
+    assert own.abstained and "no quote verified" in own.route.reason, "the closed-book answer has no quote"
     cited = combine(*legs(CITED), FORMAT, route)
-    assert cited.answer == "Athens" and not cited.abstained
+    assert cited.answer == "Athens" and not cited.abstained and cited.route == route
+
+
+def test_combine_keeps_the_error_of_a_leg_that_the_answer_needs():
+    def failed(strategy):
+        broken = Completion("id", "", finish_reason="error", error="out of memory", prompt_tokens=5)
+        return finish(broken, STRATEGIES[strategy], HITS, FORMAT)
+
+    closed_book, unverified = answer("<ANSWER>: Patras", "finetuned"), answer(UNVERIFIED)
+    for made in (
+        combine(failed("raft"), closed_book, FORMAT, ROUTE),
+        combine(unverified, failed("finetuned"), FORMAT, ROUTE),
+    ):
+        assert (made.error, made.finish_reason, made.strategy) == ("out of memory", "error", "hybrid")
+        assert made.abstained and made.hits == tuple(HITS) and made.usage.prompt_tokens > 5
+    assert combine(answer(CITED), failed("finetuned"), FORMAT, ROUTE).answer == "Athens", "it needs no other"

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from http.server import HTTPServer
 from pathlib import Path
 
 import httpx
@@ -23,13 +24,14 @@ from cluster.session import ray_session
 from cluster.store import Store
 from serving.api import NoKeys
 from serving.client import ask_over_http
-from serving.config import DeploymentConfig, GenerationConfig, ServeConfig
+from serving.config import DeploymentConfig, GenerationConfig, ServeConfig, TelemetryConfig
 from serving.serve_app import config_text, serve_config
 from serving.service import base_url, check_port, running_app
 from tests.serving.closed_book import closed_book_recipe, release_closed_book
 from tests.serving.fakes import wait_until
 from tests.serving.fakes_graph import NamingEngines, NamingRetrievers, NoParts, app_of, recipe_of, release_of
 from tests.serving.test_graph_on_ray import Load
+from tests.serving.test_telemetry import Collector
 from tests.serving.tiny import WINDOW
 
 
@@ -174,6 +176,26 @@ def test_service_ends_what_is_under_way_and_takes_nothing_new(ray_module, port, 
     else:
         assert ended != [200] and "cut off" in said
         assert "cancelled" in (tmp_path / "log").read_text(), "its slot is freed"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_spans_of_every_hop_reach_the_collector_although_the_graph_is_taken_down_at_once(ray_module, port, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    collector.got = []
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    traces = TelemetryConfig(metrics=False, traces=f"http://127.0.0.1:{collector.server_port}")
+    recipe = recipe_of(port=port).model_copy(update={"telemetry": traces})
+    with running_app(app_of(recipe), recipe.serve) as url:
+        body = {"model": "rayft-raft", "messages": [{"role": "user", "content": "Capital?"}]}
+        trace = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=trace, timeout=60).status_code == 200
+    collector.shutdown()
+    collector.server_close()
+    sent = b"".join(body for _, body in collector.got)
+    missing = [name for name in (b"request", b"retrieve", b"search", b"generate", b"engine") if name not in sent]
+    assert not missing and sent.count(bytes.fromhex("ab" * 16)) == 6
 
 
 @pytest.mark.slow
