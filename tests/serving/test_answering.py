@@ -205,5 +205,5 @@ def test_combine_keeps_the_error_of_a_leg_that_the_answer_needs():
         combine(unverified, failed("finetuned"), FORMAT, ROUTE),
     ):
         assert (made.error, made.finish_reason, made.strategy) == ("out of memory", "error", "hybrid")
-        assert made.abstained and made.hits == tuple(HITS) and made.usage.prompt_tokens > 5
+        assert made.abstained and made.hits == tuple(HITS) and made.usage.prompt_tokens == 5
     assert combine(answer(CITED), failed("finetuned"), FORMAT, ROUTE).answer == "Athens", "it needs no other"
