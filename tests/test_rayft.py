@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer.testing
 import yaml
 
 import rayft
 from cluster.errors import NotBetterError, UserError
 from cluster.recipe import load_recipe
 from cluster.releases import open_release
+from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import Store
 from retrieval.records import Question
 from training.config import TrainingRecipe
+from training.intent_model import IntentModel
 
 ROOT = Path(rayft.__file__).parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -36,6 +41,9 @@ COMMANDS = (
     ["samples", "show"],
     ["train", "lora"],
     ["train", "retriever"],
+    ["train", "router"],
+    ["serve-config"],
+    ["keys", "new"],
     ["feedback", "review"],
     ["feedback", "export"],
     ["feedback", "improve"],
@@ -178,6 +186,70 @@ def test_expected_answer_is_told_of_questions_without_one_too():
     assert rayft.describe_expected(unanswerable) == "no answer in the documents"
     assert rayft.describe_expected(Question("q", "Who?", ("Ann", "Anna"))) == "Ann"
     assert rayft.describe_expected(Question("b", "Who?")) == "the questions file gives no answer"
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A recipe with utterances whose router reads n-grams, on a tiny base model."""
+    from tests.serving.tiny import make_base
+
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "extends": str(ROOT / "recipes" / "customer_service.yaml"),
+        "name": "shop",
+        "model": {"base": str(make_base(tmp_path / "base"))},
+        "router": {"features": "ngrams"},
+    }
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return Store(str(tmp_path / ".rayft" / "store"))
+
+
+def stub(store, kind, name):
+    def write(attempt):
+        (attempt.directory / "content").write_text(f"{kind} {name}\n", encoding="utf-8")
+        return Outcome(counts={"chunks": 100})
+
+    return run_stage(store, Plan(kind, name), write)
+
+
+def test_release_without_index_pins_the_closed_book_adapter_and_the_router(shop):
+    def call(*words):
+        return typer.testing.CliRunner().invoke(rayft.app, list(words))
+
+    refused = call("release", "shop.yaml", "--without-index")
+    assert isinstance(refused.exception, UserError)
+    assert "no finetuned adapter of shop; run `rayft train lora RECIPE --objective dsf`" in str(refused.exception)
+    adapters = {role: stub(shop, "adapter", f"shop-{role}").ref for role in ("finetuned", "raft")}
+    assert "with finetuned is promoted" in call("release", "shop.yaml", "--without-index").stdout
+    assert open_release(shop, "shop").router is None
+    assert call("train", "router", "shop.yaml").exit_code == 0
+    assert "with router, finetuned is promoted" in call("release", "shop.yaml", "--without-index").stdout
+    closed = open_release(shop, "shop")
+    assert closed.pins() == {"router": shop.open("router", "shop").ref, "finetuned": adapters["finetuned"]}
+    assert closed.index is None and closed.base_digest
+
+    index = stub(shop, "index", "shop").ref
+    published = call("release", "shop.yaml", "--no-promote").stdout
+    assert "keeps the adapters" in published and "with index, router, finetuned is published" in published
+    assert open_release(shop, "shop") == closed
+    newest = next(
+        version for version in shop.versions("release", "shop") if version in published.split("with index")[0]
+    )
+    assert open_release(shop, "shop", newest).pins() == {"index": index, **closed.pins()}
+
+
+def test_release_does_not_pin_a_router_that_reads_what_nothing_here_embeds(shop):
+    stub(shop, "adapter", "shop-finetuned")
+    model = IntentModel(("a", "b"), "", "embedding", np.eye(2, dtype=np.float32), np.zeros(2, np.float32))
+
+    def write(attempt):
+        dataclasses.replace(model, encoder="mini", encoder_digest="e" * 64).save(attempt.directory)
+        return Outcome()
+
+    run_stage(shop, Plan("router", "shop"), write)
+    refused = typer.testing.CliRunner().invoke(rayft.app, ["release", "shop.yaml", "--without-index"])
+    assert "nothing here embeds" in str(refused.exception) and "router.features to ngrams" in str(refused.exception)
+    assert shop.current("release", "shop") is None
 
 
 @pytest.mark.slow
