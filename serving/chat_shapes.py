@@ -9,7 +9,7 @@ Shapes: https://platform.openai.com/docs/api-reference/chat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -239,30 +239,17 @@ def chat_response(
         "annotations": url_citations(answer, content, labels),
         **message_fields(answer, question, shapes),
     }
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
-    return {
-        "id": answer.request_id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [choice],
-        "usage": usage(answer),
-        **answer_fields(answer, shapes),
-        "rayft": details(answer),
-    }
+    whole = completion("chat.completion", answer.request_id, model, created, answer.finish_reason, message=message)
+    return {**whole, "usage": usage(answer), **answer_fields(answer, shapes), "rayft": details(answer)}
 
 
-def chat_chunk(
-    request_id: str, model: str, created: int, delta: Mapping[str, Any], finish_reason: str | None = None
+def completion(
+    kind: str, request_id: str, model: str, created: int, finish_reason: str | None, **content: Any
 ) -> dict[str, Any]:
-    """OpenAI's chat.completion.chunk object."""
-    return {
-        "id": request_id,
-        "object": "chat.completion.chunk",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}],
-    }
+    """OpenAI's object of one choice, whole or a part of a stream; `content` is the choice's own (`message`, `delta`,
+    `text`)."""
+    choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
+    return {"id": request_id, "object": kind, "created": created, "model": model, "choices": [choice]}
 
 
 def usage(answer: Answer) -> dict[str, int]:

@@ -12,13 +12,16 @@ from typing import Any, ClassVar
 
 from serving.answering import readable
 from serving.api_errors import invalid
-from serving.chat_shapes import GenerationBody, details, strategy_of, usage
+from serving.chat_shapes import GenerationBody, completion, details, strategy_of, usage
 from serving.citation_shapes import answer_fields
 from serving.conversation import Ask
 from serving.interfaces import Caller
 from serving.records import Answer
 from serving.request_bodies import Unsupported, read_filter
 from training.format import Labels
+
+TEXT_COMPLETION = "text_completion"
+"""The object's name, whole and as part of a stream."""
 
 
 class CompletionRequest(GenerationBody):
@@ -67,18 +70,6 @@ def completion_response(
     answer: Answer, model: str, created: int, labels: Labels, shapes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """OpenAI's text_completion object."""
-    whole = completion_chunk(answer.request_id, model, created, readable(answer, labels), answer.finish_reason)
+    text = readable(answer, labels)
+    whole = completion(TEXT_COMPLETION, answer.request_id, model, created, answer.finish_reason, text=text)
     return {**whole, "usage": usage(answer), **answer_fields(answer, shapes), "rayft": details(answer)}
-
-
-def completion_chunk(
-    request_id: str, model: str, created: int, text: str, finish_reason: str | None = None
-) -> dict[str, Any]:
-    """The same object as part of a stream."""
-    return {
-        "id": request_id,
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}],
-    }

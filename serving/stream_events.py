@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.chat_shapes import chat_chunk, details, usage
+from serving.chat_shapes import completion, details, usage
 from serving.citation_shapes import answer_fields, message_fields, url_citations
-from serving.completions_shapes import completion_chunk
+from serving.completions_shapes import TEXT_COMPLETION
 from serving.records import Answer
 from training.format import Labels
 
@@ -53,9 +53,7 @@ class StreamEvents:
         return events
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        if self.chat:
-            chunk = chat_chunk(self.request_id, self.model, self.created, delta, finish_reason)
-        else:
-            text = delta.get("content", "")
-            chunk = completion_chunk(self.request_id, self.model, self.created, text, finish_reason)
+        kind = "chat.completion.chunk" if self.chat else TEXT_COMPLETION
+        content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        chunk = completion(kind, self.request_id, self.model, self.created, finish_reason, **content)
         return {**chunk, "usage": None} if self.with_usage else chunk
