@@ -48,7 +48,7 @@ class NoKeys:
 class NoQuotas:
     """Nobody is counted."""
 
-    async def admit(self, caller: Caller) -> None:
+    async def admit(self, caller: Caller, *, takes_tokens: bool = True) -> None:
         """Admits."""
 
     def spend(self, caller: Caller, tokens: int) -> None:

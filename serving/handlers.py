@@ -51,27 +51,11 @@ class Handlers:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        visit, body = await self._reception.enter(request, ChatRequest)
-        ask = body.ask(f"chatcmpl-{uuid.uuid4().hex}", visit.conversation.release.available, visit.caller)
-        events = self._events(visit, ask, body)
-        if body.stream:
-            return await self._stream(visit, ask, events)
-        answer = await self._answer(visit, ask)
-        return json_response(
-            chat_response(answer, body.model, visit.created, visit.labels, ask.question, self._parts.citation_shapes)
-        )
+        return await self._generate(request, ChatRequest, "chatcmpl")
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        visit, body = await self._reception.enter(request, CompletionRequest)
-        ask = body.ask(f"cmpl-{uuid.uuid4().hex}", visit.conversation.release.available, visit.caller)
-        events = self._events(visit, ask, body)
-        if body.stream:
-            return await self._stream(visit, ask, events)
-        answer = await self._answer(visit, ask)
-        return json_response(
-            completion_response(answer, body.model, visit.created, visit.labels, self._parts.citation_shapes)
-        )
+        return await self._generate(request, CompletionRequest, "cmpl")
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings."""
@@ -104,13 +88,19 @@ class Handlers:
         return json_response(await self._reception.unless_gone(visit, work()))
 
     async def rate(self, request: Request) -> Response:
-        """POST /v1/feedback. Ratings take no slot: they come while the server is busy, and cost it next to nothing."""
+        """POST /v1/feedback. Ratings take no slot: they come while the server is busy, and cost it next to nothing.
+        They are requests of the key's minute, and may be sent when its tokens of the day are used up."""
         visit, body = await self._reception.enter(request, FeedbackRequest, "feedback")
         rating = body.to_rating()
         door = self._parts.feedback
         if door is None:
             raise ApiError(503, "this server takes no feedback", code="feedback_off")
-        await self._reception.within(visit, door.rate(rating, visit.caller))
+
+        async def work() -> None:
+            await self._parts.quotas.admit(visit.caller, takes_tokens=False)
+            await door.rate(rating, visit.caller)
+
+        await self._reception.within(visit, work())
         return json_response(feedback_response(rating))
 
     async def models(self, request: Request) -> Response:
@@ -151,6 +141,21 @@ class Handlers:
         release = visit.conversation.release
         embedding = [EMBEDDING_MODEL] if release.embeds else []
         return [MODEL_PREFIX + name for name in usable(release.available, visit.caller)] + embedding
+
+    async def _generate(
+        self, request: Request, schema: type[ChatRequest | CompletionRequest], id_prefix: str
+    ) -> Response:
+        visit, body = await self._reception.enter(request, schema)
+        ask = body.ask(f"{id_prefix}-{uuid.uuid4().hex}", visit.conversation.release.available, visit.caller)
+        events = self._events(visit, ask, body)
+        if body.stream:
+            return await self._stream(visit, ask, events)
+        answer, shapes = await self._answer(visit, ask), self._parts.citation_shapes
+        if isinstance(body, ChatRequest):
+            content = chat_response(answer, body.model, visit.created, visit.labels, ask.question, shapes)
+        else:
+            content = completion_response(answer, body.model, visit.created, visit.labels, shapes)
+        return json_response(content)
 
     def _events(self, visit: Visit, ask: Ask, body: GenerationBody) -> StreamEvents:
         visit.strategy, visit.unpaid = ask.strategy, ask

@@ -197,8 +197,8 @@ class KeyRing(Protocol):
 class Quotas(Protocol):
     """Counts what a key has used."""
 
-    async def admit(self, caller: Caller) -> None:
-        """Counts one request.
+    async def admit(self, caller: Caller, *, takes_tokens: bool = True) -> None:
+        """Counts one request; one that takes no tokens is let in when those of the day are used up.
 
         Raises:
             ApiError: 429 with Retry-After when the quota is used up.

@@ -217,13 +217,14 @@ class KeyQuotas:
         self._spending: set[asyncio.Task[None]] = set()
         self._complained = -math.inf
 
-    async def admit(self, caller: Caller) -> None:
-        """Counts one request.
+    async def admit(self, caller: Caller, *, takes_tokens: bool = True) -> None:
+        """Counts one request; one that takes no tokens is let in when those of the day are used up.
 
         Raises:
             ApiError: 429 with Retry-After when the quota is used up.
         """
         per_minute, per_day = self._limits.get(caller.tenant, (None, None))
+        per_day = per_day if takes_tokens else None
         if not caller.key_id or (per_minute is None and per_day is None):
             return
         try:

@@ -141,7 +141,7 @@ class FakeQuotas:
     def __init__(self, requests=1000):
         self.left, self.spent = requests, 0
 
-    async def admit(self, caller):
+    async def admit(self, caller, *, takes_tokens=True):
         if not self.left:
             raise ApiError(429, "the quota is used up", code="quota_exceeded", retry_after_s=30)
         self.left -= 1

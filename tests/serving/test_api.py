@@ -429,6 +429,14 @@ def test_feedback_that_cannot_be_stored_is_503_and_answers_go_on(feedback):
     error_of(service.send("/v1/feedback", {"request_id": "x", "rating": "up"}), 503)
 
 
+def test_feedback_counts_as_a_request_of_the_minute():
+    service = Service(quotas=FakeQuotas(requests=2))
+    rating = {"request_id": service.post().json()["id"], "rating": "up"}
+    assert service.send("/v1/feedback", rating).status_code == 200
+    error = error_of(service.send("/v1/feedback", rating), 429)
+    assert error["code"] == "quota_exceeded" and len(service.feedback.ratings) == 1
+
+
 def test_models_lists_what_can_be_asked(service):
     ids = [model["id"] for model in service.client.get("/v1/models").json()["data"]]
     assert ids == [*(f"rayft-{name}" for name in served_release().available), "rayft-embedding"]

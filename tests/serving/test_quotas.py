@@ -111,6 +111,20 @@ def test_tokens_beyond_the_days_quota_are_429_until_midnight_utc():
     asyncio.run(story())
 
 
+def test_a_request_that_takes_no_tokens_counts_for_the_minute_alone():
+    async def story():
+        quotas, _, _ = setup()
+        await spent(quotas, caller("both"), 100)
+        assert (await refusal(quotas, caller("both"))).code == "insufficient_quota"
+        for _ in range(3):
+            await quotas.admit(caller("both"), takes_tokens=False)
+        with pytest.raises(ApiError) as raised:
+            await quotas.admit(caller("both"), takes_tokens=False)
+        assert raised.value.code == "rate_limit_exceeded"
+
+    asyncio.run(story())
+
+
 def test_a_request_refused_for_its_tokens_is_no_request_of_the_minute():
     async def story():
         quotas, _, clock = setup()
