@@ -345,8 +345,7 @@ class _Parser:
             raise self._error(place, 'null is not a value: use {"exists": false}')
         found = typed(value)
         if found is None:
-            hint = ': use {"in": […]} for one of several' if isinstance(value, list | tuple) else ""
-            raise self._error(place, f"expected text, a number, true or false, got {_shown(value)}{hint}")
+            raise self._error(place, f"expected text, a number, true or false, got {_shown(value)}{_list_hint(value)}")
         if isinstance(found[1], str) and len(found[1]) > MAX_TEXT:
             raise self._error(place, f"a value has at most {MAX_TEXT} characters")
         return found
@@ -360,8 +359,17 @@ class _Parser:
         return UserError(f"{self._key}{' at ' + _one_line(place) if place else ''}: {reason}")
 
 
+def _list_hint(value: Any) -> str:
+    if not isinstance(value, list | tuple):
+        return ""
+    if any(isinstance(each, Mapping) for each in value):
+        return ': filters are joined by {"and": […]} or {"or": […]}'
+    return ': use {"in": […]} for one of several'
+
+
 def _unknown_operator(operator: Any) -> str:
-    near = difflib.get_close_matches(operator, OPERATORS, n=1, cutoff=0.3) if isinstance(operator, str) else []
+    # Not below 0.6: `eq`, `any` and `and` are nearest to `ne`, which would say the opposite.
+    near = difflib.get_close_matches(operator, OPERATORS, n=1, cutoff=0.6) if isinstance(operator, str) else []
     hint = f", did you mean {near[0]}?" if near else ":"
     return f"unknown operator {_shown(operator)}{hint} operators are {', '.join(OPERATORS)}"
 
