@@ -122,6 +122,19 @@ def scaling(config: DeploymentConfig) -> dict[str, Any]:
     }
 
 
+def claims(app: serve.Application) -> dict[str, float]:
+    """CPUs and GPUs that an application of `assemble` claims when it starts: those of the deployments that it has."""
+    ingress = app._bound_deployment
+    behind = [one._bound_deployment for one in ingress.init_args if isinstance(one, serve.Application)]
+    claimed = {"CPU": 0.0, "GPU": 0.0}
+    for one in (ingress, *behind):
+        scaled = one._deployment_config.autoscaling_config
+        replicas = one.num_replicas if scaled is None else scaled.min_replicas
+        for kind in claimed:
+            claimed[kind] += replicas * one.ray_actor_options[f"num_{kind.lower()}s"]
+    return claimed
+
+
 def build_app(recipe: ServingRecipe, store: Store, release: Release, *, follow: bool = True) -> serve.Application:
     """The application that serves `release`, and with `follow` whatever is promoted later.
 

@@ -57,7 +57,7 @@ def running_app(app: Application, config: ServeConfig) -> Iterator[str]:
 
     _refuse_other_service()
     check_port(config)
-    _check_resources(config)
+    _check_resources(app)
     _quieten()
     try:
         serve.start(
@@ -106,18 +106,13 @@ def _refuse_other_service() -> None:
         )
 
 
-def _check_resources(config: ServeConfig) -> None:
+def _check_resources(app: Application) -> None:
     import ray
 
-    from serving.graph import SIDE_CPUS
+    from serving.graph import claims
 
-    deployments = (config.ingress, config.generator, config.retriever)
-    needed = {
-        "CPU": 2 * SIDE_CPUS + sum(one.min_replicas * one.cpus for one in deployments),
-        "GPU": sum(one.min_replicas * one.gpus for one in deployments),
-    }
     has = ray.cluster_resources()
-    for kind, amount in needed.items():
+    for kind, amount in claims(app).items():
         if amount > has.get(kind, 0):
             raise UserError(
                 f"serve: the deployments claim {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower "

@@ -6,7 +6,7 @@ from cluster.releases import Release
 from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import ArtifactRef
 from serving.config import DeploymentConfig, ServingRecipe
-from serving.graph import _check_gpus, scaling
+from serving.graph import SIDE_CPUS, _check_gpus, claims, scaling
 from serving.opened_release import pins_of, served_release
 from tests.serving.fakes_graph import app_of, recipe_of
 
@@ -79,6 +79,18 @@ def test_graph_without_an_index_has_no_retriever_and_one_without_quotas_no_ledge
     one = recipe_of(tenants=tenants)
     several = recipe_of(tenants=tenants, ingress={"min_replicas": 2, "max_replicas": 2})
     assert "quotas" not in deployments_of(app_of(one)) and "quotas" in deployments_of(app_of(several))
+
+
+def test_graph_claims_what_its_own_deployments_need_and_no_more():
+    parts = {
+        "ingress": {"cpus": 0.3, "min_replicas": 2, "max_replicas": 2},
+        "generator": {"cpus": 0.5, "gpus": 1, "min_replicas": 2, "max_replicas": 5},
+        "retriever": {"cpus": 0.25, "gpus": 0.5},
+    }
+    recipe = recipe_of(**parts, tenants={"acme": {"requests_per_minute": 5}})
+    assert claims(app_of(recipe)) == pytest.approx({"CPU": 0.6 + 1 + 0.25 + SIDE_CPUS, "GPU": 2.5})
+    closed_book = app_of(recipe_of(**parts), index=False)
+    assert claims(closed_book) == pytest.approx({"CPU": 0.6 + 1, "GPU": 2}), "it has no retriever"
 
 
 def test_graph_without_enough_gpus_for_vllm_is_refused_by_its_key():

@@ -125,11 +125,14 @@ def test_service_answers_streams_drains_and_leaves_nothing_behind(tiny_models, p
                 pass
             assert ask_over_http(url, "still there?", "rayft-base").usage["completion_tokens"] > 0
         assert not listening(port)
-        without_gpu = recipe.serve.model_copy(update={"generator": DeploymentConfig(gpus=1)})
+        with_gpu = recipe.model_copy(
+            update={"serve": recipe.serve.model_copy(update={"generator": DeploymentConfig(gpus=1)})}
+        )
         unfit = application(recipe, NoEngines())
         with pytest.raises(UserError, match="the release was made with another base"), running_app(unfit, recipe.serve):
             pass
-        with pytest.raises(UserError, match="claim 1 GPUs, Ray has 0"), running_app(unfit, without_gpu):
+        unfit = application(with_gpu, NoEngines())
+        with pytest.raises(UserError, match="claim 1 GPUs, Ray has 0"), running_app(unfit, with_gpu.serve):
             pass
     assert not listening(port)
 
