@@ -214,6 +214,22 @@ class Quotas(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Took:
+    """What an answer took: seconds per hop, tokens, quotes and how many of them verified."""
+
+    strategy: str
+    retrieval_s: float
+    queue_s: float
+    generation_s: float
+    prompt_tokens: int
+    completion_tokens: int
+    verified: int
+    quotes: int
+    cached_tokens: int = 0
+    """Of the prompt: what the engine did not compute again."""
+
+
 class Observer(Protocol):
     """Metrics and spans; every call returns at once and never raises."""
 
@@ -225,21 +241,8 @@ class Observer(Protocol):
         """A stream's first piece of text was sent."""
         ...
 
-    def answer(
-        self,
-        *,
-        strategy: str,
-        retrieval_s: float,
-        queue_s: float,
-        generation_s: float,
-        prompt_tokens: int,
-        completion_tokens: int,
-        verified: int,
-        quotes: int,
-        cached_tokens: int = 0,
-    ) -> None:
-        """What an answer took: seconds per hop, tokens, quotes and how many of them verified. `cached_tokens` are
-        those of the prompt that the engine did not compute again."""
+    def answer(self, took: Took) -> None:
+        """An answer is there."""
         ...
 
     def in_flight(self, requests: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
-from serving.interfaces import FeedbackDoor, Observer, SpanContext
+from serving.interfaces import FeedbackDoor, Observer, SpanContext, Took
 from serving.records import Answer, Interaction, Tally
 
 logger = logging.getLogger(__name__)
@@ -84,15 +84,17 @@ class Watch:
             times = answer.timings_ms
             with _harmless("measuring an answer"):
                 self._observer.answer(
-                    strategy=answer.strategy,
-                    retrieval_s=times.retrieval / 1000,
-                    queue_s=times.queue / 1000,
-                    generation_s=times.generation / 1000,
-                    prompt_tokens=answer.usage.prompt_tokens,
-                    completion_tokens=answer.usage.completion_tokens,
-                    verified=sum(citation.verified for citation in answer.citations),
-                    quotes=len(answer.citations),
-                    cached_tokens=cached_tokens,
+                    Took(
+                        strategy=answer.strategy,
+                        retrieval_s=times.retrieval / 1000,
+                        queue_s=times.queue / 1000,
+                        generation_s=times.generation / 1000,
+                        prompt_tokens=answer.usage.prompt_tokens,
+                        completion_tokens=answer.usage.completion_tokens,
+                        verified=sum(citation.verified for citation in answer.citations),
+                        quotes=len(answer.citations),
+                        cached_tokens=cached_tokens,
+                    )
                 )
         if self._feedback is not None:
             with _harmless("keeping an answer for its rating"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from serving.config import TelemetryConfig
-from serving.interfaces import SpanContext
+from serving.interfaces import SpanContext, Took
 from serving.strategies import AUTO, HYBRID, STRATEGIES
 from serving.tracing import NO_SPAN, Attribute, Tracer, open_tracer
 
@@ -152,33 +152,22 @@ class Telemetry:
         """A stream's first piece of text was sent."""
         self._tell(lambda to: to.observe(FIRST_TOKEN_S, seconds, strategy=strategy))
 
-    def answer(
-        self,
-        *,
-        strategy: str,
-        retrieval_s: float,
-        queue_s: float,
-        generation_s: float,
-        prompt_tokens: int,
-        completion_tokens: int,
-        verified: int,
-        quotes: int,
-        cached_tokens: int = 0,
-    ) -> None:
+    def answer(self, took: Took) -> None:
         """What an answer took."""
+        strategy = took.strategy
 
         def tell(to: Metrics) -> None:
-            if retrieval_s > 0:  # strategies that do not retrieve report 0
-                to.observe(RETRIEVAL_S, retrieval_s)
-            to.observe(QUEUE_S, queue_s, strategy=strategy)
-            to.observe(GENERATION_S, generation_s, strategy=strategy)
-            if completion_tokens > 0:
-                to.observe(OUTPUT_TOKEN_S, generation_s / completion_tokens, strategy=strategy)
-            to.inc(TOKENS, prompt_tokens, kind="prompt")
-            to.inc(TOKENS, completion_tokens, kind="completion")
-            to.inc(TOKENS, cached_tokens, kind="cached")
-            to.inc(QUOTES, quotes, strategy=strategy)
-            to.inc(QUOTES_VERIFIED, verified, strategy=strategy)
+            if took.retrieval_s > 0:  # strategies that do not retrieve report 0
+                to.observe(RETRIEVAL_S, took.retrieval_s)
+            to.observe(QUEUE_S, took.queue_s, strategy=strategy)
+            to.observe(GENERATION_S, took.generation_s, strategy=strategy)
+            if took.completion_tokens > 0:
+                to.observe(OUTPUT_TOKEN_S, took.generation_s / took.completion_tokens, strategy=strategy)
+            to.inc(TOKENS, took.prompt_tokens, kind="prompt")
+            to.inc(TOKENS, took.completion_tokens, kind="completion")
+            to.inc(TOKENS, took.cached_tokens, kind="cached")
+            to.inc(QUOTES, took.quotes, strategy=strategy)
+            to.inc(QUOTES_VERIFIED, took.verified, strategy=strategy)
 
         self._tell(tell)
 

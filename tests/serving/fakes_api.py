@@ -90,7 +90,7 @@ class FakeObserver:
     def first_token(self, *, strategy, seconds):
         self.first_tokens.append(strategy)
 
-    def answer(self, **_):
+    def answer(self, took):
         pass
 
     def in_flight(self, requests):

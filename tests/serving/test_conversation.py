@@ -90,7 +90,7 @@ class Feedback:
 
 
 class FailingObserver:
-    def answer(self, **_):
+    def answer(self, _):
         raise RuntimeError
 
     def span(self, *_, **__):
@@ -101,8 +101,8 @@ class Observer:
     def __init__(self):
         self.answers, self.spans = [], []
 
-    def answer(self, **measured):
-        self.answers.append(measured)
+    def answer(self, took):
+        self.answers.append(took)
 
     def span(self, name, parent="", **attributes):
         self.spans.append(name)
@@ -394,8 +394,8 @@ def test_answer_is_noted_for_its_rating_and_measured():
     assert (noted.request_id, noted.question, noted.answer) == ("r1", "Compare Spain and Greece", made.answer)
     assert (noted.tenant, noted.key_id, noted.user) == ("acme", "k1", "u1")
     assert (noted.intent, noted.doc_ids) == ("analysis", ("greece",))
-    [measured] = observer.answers
-    assert (measured["strategy"], measured["verified"], measured["quotes"]) == ("hybrid", 1, 1)
+    [took] = observer.answers
+    assert (took.strategy, took.verified, took.quotes) == ("hybrid", 1, 1)
     assert observer.spans == ["retrieve", "route", "generate"]
     assert all(request.traceparent == "00-trace" for request in graph.requests)
 

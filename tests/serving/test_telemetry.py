@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import json
 import re
 import time
@@ -16,22 +17,23 @@ from cluster.config import RayConfig
 from cluster.errors import UserError
 from cluster.session import ray_session
 from serving.config import TelemetryConfig
+from serving.interfaces import Took
 from serving.telemetry import METRICS, MOST_VALUES, Metrics, SilentObserver, Telemetry, make_observer
 from serving.tracing import NO_SPAN, Tracer
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "rayft.json"
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-ANSWER = {
-    "strategy": "raft",
-    "retrieval_s": 0.02,
-    "queue_s": 0.1,
-    "generation_s": 2.0,
-    "prompt_tokens": 300,
-    "completion_tokens": 40,
-    "verified": 2,
-    "quotes": 3,
-    "cached_tokens": 120,
-}
+ANSWER = Took(
+    strategy="raft",
+    retrieval_s=0.02,
+    queue_s=0.1,
+    generation_s=2.0,
+    prompt_tokens=300,
+    completion_tokens=40,
+    verified=2,
+    quotes=3,
+    cached_tokens=120,
+)
 
 
 class Registry:
@@ -72,8 +74,8 @@ def observer(registry):
 
 
 def test_an_answer_is_counted_in_every_metric_that_it_touches(observer, registry):
-    observer.answer(**ANSWER)
-    observer.answer(**ANSWER)
+    observer.answer(ANSWER)
+    observer.answer(ANSWER)
     raft = ("strategy", "raft")
     assert registry.values == {
         ("rayft_retrieval_seconds",): [0.02, 0.02],
@@ -90,7 +92,7 @@ def test_an_answer_is_counted_in_every_metric_that_it_touches(observer, registry
 
 def test_an_answer_without_retrieval_tokens_or_quotes_adds_none(observer, registry):
     nothing = {"retrieval_s": 0.0, "completion_tokens": 0, "quotes": 0, "verified": 0, "cached_tokens": 0}
-    observer.answer(**{**ANSWER, **nothing})
+    observer.answer(dataclasses.replace(ANSWER, **nothing))
     names = {name for name, *_ in registry.values}
     assert names == {"rayft_queue_seconds", "rayft_generation_seconds", "rayft_tokens_total"}
 
@@ -126,7 +128,7 @@ def test_a_registry_that_fails_fails_no_request_and_is_said_once(registry, caplo
     observer = Telemetry(Metrics(registry))
     observer._metrics._made.clear()
     for _ in range(3):
-        observer.answer(**ANSWER)
+        observer.answer(ANSWER)
         observer.in_flight(1)
     assert [record.message for record in caplog.records] == ["metrics fail: KeyError"]
 
@@ -134,7 +136,7 @@ def test_a_registry_that_fails_fails_no_request_and_is_said_once(registry, caplo
 def test_a_silent_observer_does_nothing():
     observer = make_observer(TelemetryConfig(metrics=False))
     for each in (observer, SilentObserver()):
-        each.answer(**ANSWER)
+        each.answer(ANSWER)
         each.request(strategy="rag", outcome="ok", seconds=1)
         with each.span("request", parent=PARENT, k=1) as span:
             span.set(release="r")
@@ -151,7 +153,7 @@ def test_metrics_are_scraped_from_rays_own_endpoint(monkeypatch):
         node = ray.nodes()[0]
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         observer = make_observer(TelemetryConfig())
-        observer.answer(**ANSWER)
+        observer.answer(ANSWER)
         observer.request(strategy="raft", outcome="ok", seconds=2.5)
         observer.first_token(strategy="raft", seconds=0.3)
         observer.in_flight(2)
