@@ -36,3 +36,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder."""
+    from tests.retrieval.tiny import tiny_encoder
+
+    return tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus."""
+    from tests.retrieval.tiny import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")

@@ -27,7 +27,7 @@ from serving.records import Answer, Route
 from tests.evaluation.fakes import make_questions, make_recipe, samples_artifact
 from tests.retrieval.tiny import COUNTRIES, GOODS, country_text
 from tests.serving.fakes_api import FakeGraph, Service
-from tests.training.conftest import base_path, corpus_path, encoder_path, own_cache  # noqa: F401 - fixtures
+from tests.training.conftest import base_path, own_cache  # noqa: F401 - fixtures
 from tests.training.tiny import TEST_COUNTRIES, training_recipe
 from tests.training.workers import Told, process_group
 from training.lora import train_adapter

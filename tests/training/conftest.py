@@ -12,7 +12,6 @@ from cluster.config import RayConfig
 from cluster.session import ray_session
 from cluster.store import Artifact, Store
 from retrieval.index import build_index
-from tests.retrieval.tiny import tiny_encoder, write_corpus
 from tests.serving.tiny import make_base
 from tests.training.tiny import training_recipe
 from training.config import TrainingRecipe
@@ -22,16 +21,6 @@ from training.samples import build_samples
 @pytest.fixture(scope="session")
 def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(autouse=True)
