@@ -160,7 +160,10 @@ def _open_parts(recipe: EvaluationRecipe, store: Store, version: str) -> tuple[P
 
     release = open_release(store, recipe.name, version or None)
     if release.index is None:
-        raise ArtifactError(f"{release.ref} has no index, which `rayft batch` searches; name another with --release")
+        raise ArtifactError(
+            f"{release.ref} has no index: `rayft evaluate` and `rayft batch` take a release that has one; name it with "
+            "--release"
+        )
     parts = Parts.of(
         recipe,
         store.open_ref(release.index),
