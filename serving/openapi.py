@@ -27,7 +27,8 @@ _ERRORS = {
     "400": "The body cannot be answered; `error.param` names the field.",
     "401": "There is no valid API key.",
     "403": "The key does not open this model.",
-    "404": "There is no such model.",
+    "404": "There is no such model, or no such answer to rate.",
+    "408": "The body did not arrive in time.",
     "413": "The body is too long.",
     "415": "The body is not declared as application/json.",
     "429": "The server is full, or the key's quota is used up; see Retry-After.",
@@ -53,95 +54,93 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": _REF.format(model=name)}
 
 
-def _responses() -> dict[str, Any]:
+def _passage_schemas() -> dict[str, Any]:
     place = {"doc_id": _TEXT, "title": _TEXT, "uri": _TEXT, "start": _WHOLE, "end": _WHOLE}
+    metadata = {"type": "object", "description": "The document's own."}
+    passage = {"chunk_id": _TEXT, **place, "heading": _TEXT, "text": _TEXT, "metadata": metadata, "collection": _TEXT}
+    return {
+        "Passage": _object({"rank": _WHOLE, "score": _NUMBER, **passage}),
+        "Citation": _object(
+            {"number": _or_null(_WHOLE), "quote": _TEXT, "passage": _WHOLE, **place, "verified": _BOOL}
+        ),
+        "SearchResults": _object({"object": {"const": "list"}, "data": _array(_ref("Passage")), "release": _TEXT}),
+    }
+
+
+def _details_schema() -> dict[str, Any]:
+    route = _object(
+        {
+            "strategy": _TEXT,
+            "intent": _TEXT,
+            "confidence": _NUMBER,
+            "reason": _TEXT,
+            "propensity": _NUMBER,
+            "experiment": _TEXT,
+            "require_quote": _BOOL,
+        }
+    )
+    return _object(
+        {
+            "request_id": _TEXT,
+            "strategy": _TEXT,
+            "route": route,
+            "reasoning": _TEXT,
+            "quotes": _array(_TEXT),
+            "citations": _array(_ref("Citation")),
+            "abstained": _BOOL,
+            "standalone": _TEXT,
+            "passages_left_out": _WHOLE,
+            "timings_ms": _object(dict.fromkeys(("retrieval", "queue", "generation", "total"), _NUMBER)),
+            "release": _TEXT,
+            "answer": _TEXT,
+            "hits": _array(_ref("Passage")),
+        }
+    )
+
+
+def _answer_schemas() -> dict[str, Any]:
     usage = _object({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})
-    route = {"strategy": _TEXT, "intent": _TEXT, "confidence": _NUMBER, "reason": _TEXT}
-    times = dict.fromkeys(("retrieval", "queue", "generation", "total"), _NUMBER)
     finish = _or_null({"type": "string", "enum": ["stop", "length"]})
     url_citation = _object({"url": _TEXT, "title": _TEXT, "start_index": _WHOLE, "end_index": _WHOLE})
     annotations = _array(_object({"type": {"const": "url_citation"}, "url_citation": url_citation}))
+    azure = {"type": "object", "description": "With serve.citation_shapes: [azure]."}
     message = _object(
         {"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}, "annotations": annotations},
-        context={"type": "object", "description": "With serve.citation_shapes: [azure]."},
+        context=azure,
     )
-    delta = _object({}, role=_TEXT, content=_TEXT, annotations=annotations)
-    logprobs = {"type": "null"}
-    head = {"id": _TEXT, "created": _WHOLE, "model": _TEXT}
-    perplexity = {
+    delta = _object({}, role=_TEXT, content=_TEXT, annotations=annotations, context=azure)
+    further = {
+        "usage": _or_null(usage),
+        "rayft": _ref("Details"),
         "citations": {**_array(_TEXT), "description": "With serve.citation_shapes: [perplexity]."},
         "search_results": _array({"type": "object"}),
     }
 
-    def choice(**content: Any) -> dict[str, Any]:
-        return _array(_object({"index": _WHOLE, **content, "finish_reason": finish, "logprobs": logprobs}))
+    def answer(kind: str, choice: Mapping[str, Any], **required: Any) -> dict[str, Any]:
+        content = {"index": _WHOLE, **choice, "finish_reason": finish, "logprobs": {"type": "null"}}
+        head = {"id": _TEXT, "object": {"const": kind}, "created": _WHOLE, "model": _TEXT}
+        optional = {name: further[name] for name in further if name not in required}
+        return _object({**head, "choices": _array(_object(content)), **required}, **optional)
 
     return {
-        "Error": _object(
-            {"error": _object({"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": _or_null(_TEXT)})}
-        ),
-        "Passage": _object(
-            {"rank": _WHOLE, "score": _NUMBER, "chunk_id": _TEXT, **place, "heading": _TEXT, "text": _TEXT}
-        ),
-        "Citation": _object(
-            {"number": _or_null(_WHOLE), "quote": _TEXT, "passage": _WHOLE, **place, "verified": _BOOL},
-        ),
-        "Details": _object(
-            {
-                "request_id": _TEXT,
-                "strategy": _TEXT,
-                "route": _object({**route, "propensity": _NUMBER, "experiment": _TEXT, "require_quote": _BOOL}),
-                "reasoning": _TEXT,
-                "quotes": _array(_TEXT),
-                "citations": _array(_ref("Citation")),
-                "abstained": _BOOL,
-                "standalone": _TEXT,
-                "passages_left_out": _WHOLE,
-                "timings_ms": _object(times),
-                "release": _TEXT,
-                "answer": _TEXT,
-                "hits": _array(_ref("Passage")),
-            }
-        ),
-        "ChatCompletion": _object(
-            {
-                **head,
-                "object": {"const": "chat.completion"},
-                "choices": choice(message=message),
-                "usage": usage,
-                "rayft": _ref("Details"),
-            },
-            **perplexity,
-        ),
-        "ChatCompletionChunk": _object(
-            {**head, "object": {"const": "chat.completion.chunk"}, "choices": choice(delta=delta)},
-            usage=_or_null(usage),
-            rayft=_ref("Details"),
-            **perplexity,
-        ),
-        "TextCompletion": _object(
-            {**head, "object": {"const": "text_completion"}, "choices": choice(text=_TEXT)},
-            usage=_or_null(usage),
-            rayft=_ref("Details"),
-            **perplexity,
-        ),
-        "Embeddings": _object(
-            {
-                "object": {"const": "list"},
-                "data": _array(
-                    _object(
-                        {
-                            "object": {"const": "embedding"},
-                            "index": _WHOLE,
-                            "embedding": {"anyOf": [_array(_NUMBER), {**_TEXT, "contentEncoding": "base64"}]},
-                        }
-                    )
-                ),
-                "model": _TEXT,
-                "usage": _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
-            }
-        ),
-        "SearchResults": _object({"object": {"const": "list"}, "data": _array(_ref("Passage")), "release": _TEXT}),
+        "ChatCompletion": answer("chat.completion", {"message": message}, usage=usage, rayft=_ref("Details")),
+        "ChatCompletionChunk": answer("chat.completion.chunk", {"delta": delta}),
+        "TextCompletion": answer("text_completion", {"text": _TEXT}),
+    }
+
+
+def _responses() -> dict[str, Any]:
+    error = {"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": _or_null(_TEXT)}
+    vector = {"anyOf": [_array(_NUMBER), {**_TEXT, "contentEncoding": "base64"}]}
+    embedding = _object({"object": {"const": "embedding"}, "index": _WHOLE, "embedding": vector})
+    embedded = {"object": {"const": "list"}, "data": _array(embedding), "model": _TEXT}
+    usage = _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE})
+    return {
+        "Error": _object({"error": _object(error)}),
+        "Details": _details_schema(),
+        **_passage_schemas(),
+        **_answer_schemas(),
+        "Embeddings": _object({**embedded, "usage": usage}),
         "Feedback": _object({"object": {"const": "feedback"}, "request_id": _TEXT, "satisfied": _NUMBER}),
         "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE, "owned_by": _TEXT}),
         "Models": _object({"object": {"const": "list"}, "data": _array(_ref("Model"))}),

@@ -142,6 +142,24 @@ def test_openapi_describes_what_is_sent():
         check(answered(path.replace("rayft-raft", "{model}"), "get"), service.client.get(path).json())
 
 
+def test_openapi_leaves_out_no_field_that_is_sent():
+    def described(name, sent):
+        schema = SCHEMA["components"]["schemas"][name]
+        assert set(sent) <= set(schema["properties"]) and set(schema["required"]) <= set(sent), name
+
+    service = Service(citation_shapes=("azure", "perplexity"))
+    whole = service.post().json()
+    details = whole["rayft"]
+    described("ChatCompletion", whole)
+    described("Details", details)
+    described("Citation", details["citations"][0])
+    described("Passage", details["hits"][0])
+    assert set(SCHEMA["components"]["schemas"]["Details"]["properties"]["route"]["properties"]) == set(details["route"])
+    described("TextCompletion", service.send("/v1/completions", {"model": "base", "prompt": "x"}).json())
+    for event in service.events(stream_options={"include_usage": True}):
+        described("ChatCompletionChunk", event)
+
+
 def test_openapi_refuses_what_the_server_refuses():
     for wrong in ({"model": "raft"}, {"messages": USER}, {"model": "raft", "messages": USER, "temprature": 1}):
         assert Service().send("/v1/chat/completions", wrong).status_code == 400
