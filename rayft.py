@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from serving.records import Answer
     from training.asking import LocalTeacher
 
-PATH_KEYS = ("model.base", "model.chat_template", "encoder.model", "teacher.model", "router.examples")
-"""Recipe keys that may hold a local path although their name does not say so."""
+SERVED_PATH_KEYS = ("model.base", "model.chat_template", "encoder.model")
+"""Recipe keys that may hold a local path although their name does not say so, and that serving reads."""
+PATH_KEYS = (*SERVED_PATH_KEYS, "teacher.model", "router.examples")
+"""Those that any stage reads."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a packaged one.")]
 SetOption = Annotated[
@@ -151,7 +153,7 @@ app.add_typer(questions_app(load, local_teacher), name="questions")
 app.add_typer(samples_app(load), name="samples")
 app.add_typer(train_app(load), name="train")
 evaluation_cli.register(app, load)
-app.add_typer(serving_app(load, PATH_KEYS))
+app.add_typer(serving_app(load, SERVED_PATH_KEYS))
 feedback = feedback_app(load)
 feedback.command("improve")(improve_command(load))
 app.add_typer(feedback, name="feedback")

@@ -252,6 +252,11 @@ def test_release_does_not_pin_a_router_that_reads_what_nothing_here_embeds(shop)
     assert shop.current("release", "shop") is None
 
 
+def test_serve_config_asks_nodes_to_mount_what_serving_reads_and_nothing_else(shop):
+    told = typer.testing.CliRunner().invoke(rayft.app, ["serve-config", "shop.yaml"]).stderr
+    assert "so each node must mount it: store.uri, model.base, feedback.url\n" in " ".join(told.split()) + "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_demo_on_a_small_region_builds_measures_and_serves_and_skips_the_second_time(tmp_path, free_port):
