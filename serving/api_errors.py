@@ -12,7 +12,7 @@ import traceback
 from typing import Any
 
 from cluster.errors import UserError
-from serving.conversation import GenerationFailedError
+from serving.asking import GenerationFailedError
 from serving.interfaces import FeedbackOffError, FeedbackUnavailableError, StreamBrokenError, UnknownRequestError
 from serving.strategies import StrategyNotAllowedError
 

@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field, model_validator
 from retrieval.records import Hit
 from serving.answering import readable
 from serving.api_errors import ApiError, invalid
+from serving.asking import Ask
 from serving.citation_shapes import answer_fields, message_fields, numbered, url_citations
-from serving.conversation import Ask
 from serving.interfaces import Caller
 from serving.records import Answer
 from serving.request_bodies import Body, Unsupported, read_filter

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from serving.answering import readable
 from serving.api_errors import invalid
+from serving.asking import Ask
 from serving.chat_shapes import GenerationBody, completion, details, strategy_of, usage
 from serving.citation_shapes import answer_fields
-from serving.conversation import Ask
 from serving.interfaces import Caller
 from serving.records import Answer
 from serving.request_bodies import Unsupported, read_filter

@@ -20,30 +20,22 @@ from typing import TYPE_CHECKING, Any
 from retrieval.filters import Filter, all_of
 from retrieval.records import Hit
 from serving.answering import Prepared, combine, finish, passage_tokens, prepare, readable, verified
-from serving.config import GenerationConfig
+from serving.asking import Ask, Doors, GenerationFailedError, ServedRelease
+from serving.closed_book_leg import ClosedBookLeg
 from serving.context_budget import ContextLengthError, CountsTokens
 from serving.engine import Completion, GenerationRequest
-from serving.follow_up import FollowUp, RewritePrompt, by_rules, rewriting, rewritten
+from serving.follow_up import by_rules, rewriting, rewritten
 from serving.interfaces import (
     ANYBODY,
     Caller,
-    Embed,
     Embedded,
-    FeedbackDoor,
-    Generate,
-    Observer,
-    Pins,
-    Search,
     SearchQuery,
-    Stream,
-    StreamBrokenError,
 )
 from serving.observing import Watch
 from serving.reading import AnswerReader
 from serving.records import Answer, Interaction, Route, Usage
 from serving.router import RouteQuery, Router, known_facts
 from serving.strategies import AUTO, HYBRID, HYBRID_CITED, HYBRID_CLOSED_BOOK, STRATEGIES, Strategy, require_strategy
-from training.format import Message, PromptFormat, WorkedExample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,93 +44,6 @@ if TYPE_CHECKING:
 READ_CHARACTERS = 20_000
 """Characters of a question that the router and the retriever read: encoders read the first few hundred tokens anyway,
 and recognising the intent of a body's 1,000,000 characters held ingress up for seconds."""
-
-
-@dataclass
-class Taken:
-    """What a question has sent to the model and got from it so far: what it costs where nobody gets an answer."""
-
-    prompts: list[Sequence[Message]] = field(default_factory=list)
-    pieces: int = 0
-    """Of text, a token each at the least."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A question, who asks it and what they wish; None takes the recipe's."""
-
-    request_id: str
-    question: str
-    strategy: str = AUTO
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    caller: Caller = ANYBODY
-    history: tuple[Message, ...] = ()
-    """Every message before the question, oldest first. Turns of `user` and `assistant` tell what the question refers
-    to; those of `system` and `developer` are the caller's instructions (see `serving.answering.prepare`)."""
-    user: str = ""
-    """The end user, as the caller names them: A/B tests treat them alike, and feedback is deleted by it."""
-    filter: Filter | None = None
-    """Only matching documents are searched, among those that the caller's key opens."""
-    taken: Taken = field(default_factory=Taken, compare=False, repr=False)
-    """Counted while the question is answered."""
-
-    @property
-    def instructions(self) -> str:
-        """The caller's system messages."""
-        return "\n".join(turn["content"] for turn in self.history if turn["role"] in ("system", "developer"))
-
-
-@dataclass(frozen=True)
-class ServedRelease:
-    """What answers: everything that ingress needs of a release, without the models. It pickles."""
-
-    pins: Pins
-    available: tuple[str, ...]
-    prompt_format: PromptFormat
-    examples: tuple[WorkedExample, ...]
-    generation: GenerationConfig
-    seed: int
-    passages: int = 0
-    """Passages of the index that everybody may see."""
-    embeds: bool = False
-    """Whether the index has an encoder; a lexical one has none, and nothing is embedded."""
-    update_frequencies: Mapping[str, str] = field(default_factory=dict)
-    """How often each collection changes, as its recipe declares it; "" names a recipe's only corpus."""
-    follow_up: FollowUp = "rules"
-    """How a later turn's question is made to stand alone."""
-    rewrite_prompt: RewritePrompt | None = None
-    """What the base model is asked with `follow_up` `model`; without it, the rules are taken."""
-
-    @property
-    def name(self) -> str:
-        """The release's reference, which every answer names."""
-        return self.pins.release
-
-
-@dataclass(frozen=True)
-class Doors:
-    """How a conversation reaches the other parts of the graph."""
-
-    search: Search
-    generate: Generate
-    stream: Stream
-    embed: Embed | None = None
-    feedback: FeedbackDoor | None = None
-    observer: Observer | None = None
-
-
-class GenerationFailedError(Exception):
-    """The engine could not serve the request; `completion` says why."""
-
-    def __init__(self, completion: Completion) -> None:
-        """Keeps the completion."""
-        super().__init__(completion.error)
-        self.completion = completion
 
 
 @dataclass
@@ -164,13 +69,6 @@ class _Question:
     @property
     def standalone(self) -> str:
         return self.text if self.text != self.ask.question else ""
-
-
-@dataclass
-class _Heard:
-    """What a stream has said so far."""
-
-    pieces: int = 0
 
 
 class Conversation:
@@ -378,52 +276,20 @@ class Conversation:
         closed-book one is then cancelled."""
         legs = STRATEGIES[HYBRID_CITED], STRATEGIES[HYBRID_CLOSED_BOOK]
         for_cited, for_closed = [await self._prepare(question, leg, leg.name) for leg in legs]
-        heard = _Heard()
         with self._watch.span("generate", strategy=HYBRID) as span:
             for_cited, for_closed = _traced(for_cited, span.traceparent), _traced(for_closed, span.traceparent)
-            closed_book = asyncio.create_task(self._closed_book(for_closed.request, heard, question.ask.taken))
+            closed_book = ClosedBookLeg(for_closed.request, self.release.pins, self._doors, question.ask.taken)
             try:
                 completion = await self._doors.generate(for_cited.request, self.release.pins)
                 cited = self._finish(question, completion, legs[0], for_cited)
                 if verified(cited) and not cited.abstained:
                     # What became of the other, be it an error, does not matter any more, except for what it took.
-                    known = closed_book.done() and not closed_book.cancelled() and not closed_book.exception()
-                    rest = closed_book.result() if known else await self._unfinished(for_closed.request, heard)
-                    other = self._answer_of(question, rest, legs[1], for_closed)
+                    other = self._answer_of(question, await closed_book.so_far(self._tokens), legs[1], for_closed)
                 else:
-                    other = self._finish(question, await closed_book, legs[1], for_closed)
+                    other = self._finish(question, await closed_book.completion(), legs[1], for_closed)
             finally:
-                closed_book.cancel()
-                await asyncio.gather(closed_book, return_exceptions=True)
+                await closed_book.end()
         return combine(cited, other, self.release.prompt_format, question.route)
-
-    async def _closed_book(self, request: GenerationRequest, heard: _Heard, taken: Taken) -> Completion:
-        """A completion, counted while it is generated, because a cancelled one does not say what it took."""
-        try:
-            async with aclosing(self._doors.stream(request, self.release.pins)) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Completion):
-                        return piece
-                    heard.pieces += 1
-                    taken.pieces += 1
-        except StreamBrokenError:  # nobody has seen the pieces, so the answer may be generated anew
-            heard.pieces = 0
-        return await self._doors.generate(request, self.release.pins)
-
-    async def _unfinished(self, request: GenerationRequest, heard: _Heard) -> Completion:
-        """What a request that is to be cancelled has taken: nothing before its first piece, and then its prompt and a
-        token per piece (a piece that waits for the rest of a character holds several, so this is the least)."""
-        prompt_tokens = 0
-        if heard.pieces and self._tokens is not None:
-            prompt_tokens = await asyncio.to_thread(self._tokens.count, request.messages)
-        return Completion(
-            request.request_id,
-            finish_reason="error",
-            prompt_tokens=prompt_tokens,
-            completion_tokens=heard.pieces,
-            error="its answer is not needed",
-            error_code="cancelled",
-        )
 
     def _done(self, question: _Question, answer: Answer) -> Answer:
         """The answer, told to feedback and metrics."""

@@ -37,7 +37,7 @@ from serving.visits import Reception, Visit
 
 if TYPE_CHECKING:
     from serving.api import ApiParts
-    from serving.conversation import Ask
+    from serving.asking import Ask
 
 
 class Handlers:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from serving.admission import Limits
 from serving.api import ApiParts, NoQuotas, make_api
+from serving.asking import Doors, ServedRelease
 from serving.config import ServingRecipe
-from serving.conversation import Conversation, Doors, ServedRelease
+from serving.conversation import Conversation
 from serving.draining import CountsUnderWay, Gate
 from serving.feedback import desk_of_handle, open_door
 from serving.hops import Hops

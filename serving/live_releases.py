@@ -19,8 +19,9 @@ from typing import Protocol
 
 from cluster.errors import UserError
 from cluster.store import Store
+from serving.asking import ServedRelease
 from serving.config import ServingRecipe
-from serving.conversation import Conversation, ServedRelease
+from serving.conversation import Conversation
 from serving.interfaces import Observer, PartUnavailableError, Pins
 from serving.opened_release import served_release
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from cluster.errors import ArtifactError
 from cluster.releases import Release
 from cluster.store import ArtifactRef, Store
+from serving.asking import ServedRelease
 from serving.config import ServingRecipe
-from serving.conversation import ServedRelease
 from serving.follow_up import RewritePrompt, load_rewrite_prompt
 from serving.intents import query_encoder
 from serving.interfaces import Pins

@@ -30,7 +30,8 @@ from serving.tracing import NO_SPAN
 
 if TYPE_CHECKING:
     from serving.api import ApiParts
-    from serving.conversation import Ask, Conversation
+    from serving.asking import Ask
+    from serving.conversation import Conversation
     from training.format import Labels
 
 logger = logging.getLogger(__name__)

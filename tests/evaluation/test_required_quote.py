@@ -6,8 +6,9 @@ import pytest
 
 from evaluation.answering import AnswerSettings, answer_window
 from retrieval.records import Hit, Question
+from serving.asking import Ask, Doors
 from serving.config import GenerationConfig
-from serving.conversation import Ask, Conversation, Doors
+from serving.conversation import Conversation
 from serving.engine import Completion
 from serving.interfaces import Found
 from serving.router import Router

@@ -6,8 +6,8 @@ from concurrent.futures import Future
 
 from retrieval.records import Hit, Passage
 from serving.answering import prepare
+from serving.asking import ServedRelease
 from serving.config import GenerationConfig
-from serving.conversation import ServedRelease
 from serving.engine import Completion, Ticket
 from serving.interfaces import Pins
 from serving.strategies import STRATEGIES, available_strategies

@@ -14,7 +14,8 @@ from retrieval.records import Hit
 from serving.admission import Limits
 from serving.api import ApiParts, make_api
 from serving.api_errors import ApiError
-from serving.conversation import Conversation, Doors
+from serving.asking import Doors
+from serving.conversation import Conversation
 from serving.engine import Completion
 from serving.interfaces import Embedded, Found, StreamBrokenError, UnknownRequestError
 from serving.router import Router

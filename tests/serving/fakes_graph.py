@@ -19,8 +19,8 @@ import numpy as np
 from cluster.errors import ArtifactError
 from retrieval.records import Hit, Passage
 from serving.api import NoKeys
+from serving.asking import ServedRelease
 from serving.config import GenerationConfig, ServingRecipe
-from serving.conversation import ServedRelease
 from serving.engine import Completion, Ticket
 from serving.graph import Sources, assemble
 from serving.ingress import IngressSettings

@@ -8,7 +8,8 @@ from cluster.errors import UserError
 from retrieval.filters import parse_filter
 from retrieval.records import Hit
 from serving.answering import readable
-from serving.conversation import READ_CHARACTERS, Ask, Conversation, Doors, GenerationFailedError
+from serving.asking import Ask, Doors, GenerationFailedError
+from serving.conversation import READ_CHARACTERS, Conversation
 from serving.engine import Completion
 from serving.follow_up import load_rewrite_prompt
 from serving.interfaces import Caller, Found, PartUnavailableError, StreamBrokenError

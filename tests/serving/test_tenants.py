@@ -15,8 +15,9 @@ from retrieval.collections import build_collections
 from retrieval.config import CollectionConfig, CorpusConfig, SearchConfig
 from serving.admission import Limits
 from serving.api import ApiParts, make_api
+from serving.asking import Doors
 from serving.config import ServingRecipe, TenantConfig
-from serving.conversation import Conversation, Doors
+from serving.conversation import Conversation
 from serving.engine import Completion
 from serving.feedback import DeskSettings, FeedbackDesk, desk_of, open_door
 from serving.interfaces import Pins
