@@ -67,6 +67,9 @@ _NO_FRAGMENT = _words(
     "me you us him her it them that this these those one ones today tomorrow now then there here yesterday others "
     "more why when where how who what which again"
 )
+# What a question without a verb may begin with.
+_OF_FRAGMENTS = _words("the its their his her in of for")
+_SUPERLATIVE = r"(?:\w+est|most\s+\w+|least\s+\w+)"
 _PRONOUN = re.compile(r"\b(it|its|they|their|them|he|she|him|his|her)\b(?!['’])", re.I)
 _PLEONASTIC = re.compile(
     r"\bit\s+(?:(?:is|was|be)\s+)?(?:\w+\s+)?(?:true|possible|necessary|important|likely|worth|ok|okay|safe|legal|"
@@ -139,15 +142,11 @@ def _fragment(words: str, asked: str) -> str:
     rest = lead["rest"].strip() if lead else words
     count = len(rest.split())
     first = rest.split()[0].lower() if rest else ""
-    if lead is None and (
-        count > 4
-        or not asked.endswith("?")
-        or first in _OPENERS - {"the", "its", "their", "his", "her", "in", "of", "for"}
-    ):
+    if lead is None and (count > 4 or not asked.endswith("?") or first in _OPENERS - _OF_FRAGMENTS):
         return ""
     if first in _QUESTION_WORDS or re.match(rf"{_AUX}\b", first, re.I) or count > 6:
         return ""
-    if lead is None and not (first in ("the", "its", "their", "his", "her", "in", "of", "for") or _is_name(rest)):
+    if lead is None and not (first in _OF_FRAGMENTS or _is_name(rest)):
         return ""
     return rest if re.search(rf"\b{_AUX}\b", rest, re.I) is None else ""
 
@@ -164,16 +163,16 @@ def _complete(phrase: str, earlier: Earlier) -> str:
     if own := re.match(r"(its|their|his|her)\s+(.+)$", phrase, re.I):
         topic = _meant(own[1].lower(), earlier)
         return _attribute(own[2], topic, earlier.question) if topic else ""
-    if superlative := re.fullmatch(r"the\s+(\w+est|most\s+\w+|least\s+\w+|first|last)(?:\s+one)?", phrase, re.I):
+    if superlative := re.fullmatch(rf"the\s+({_SUPERLATIVE}|first|last)(?:\s+one)?", phrase, re.I):
         changed = re.sub(
-            r"\bthe\s+(?:\w+est|most\s+\w+|least\s+\w+|first|last)\b",
+            rf"\bthe\s+(?:{_SUPERLATIVE}|first|last)\b",
             f"the {superlative[1]}",
             earlier.question,
             count=1,
         )
         return changed if changed != earlier.question else ""
-    if superlative := re.fullmatch(r"the\s+((?:\w+est|most\s+\w+|least\s+\w+)\s+[a-z][\w-]*)", phrase, re.I):
-        kind = re.compile(rf"\bthe\s+(?:\w+est|most\s+\w+|least\s+\w+)\s+[\w-]+(?=\s+{_PREPOSITION}\b)", re.I)
+    if superlative := re.fullmatch(rf"the\s+({_SUPERLATIVE}\s+[a-z][\w-]*)", phrase, re.I):
+        kind = re.compile(rf"\bthe\s+{_SUPERLATIVE}\s+[\w-]+(?=\s+{_PREPOSITION}\b)", re.I)
         return kind.sub(f"the {superlative[1]}", earlier.question, count=1) if kind.search(earlier.question) else ""
     determined = re.fullmatch(r"the\s+([a-z][\w-]*(?:\s+[a-z][\w-]*){0,3})", phrase)
     bare = re.fullmatch(r"([a-z][\w-]*(?:\s+[a-z][\w-]*){0,2})", phrase)
