@@ -86,6 +86,8 @@ class ApiParts:
     """`serve.citation_shapes`."""
     log_content: bool = False
     """`serve.log_content`."""
+    behind_serve: bool = False
+    """Whether Ray Serve passes requests on, and adds their ids to the responses."""
     keep_alive_s: float = KEEP_ALIVE_S
     """Seconds of silence after which a stream sends a comment."""
 
@@ -121,7 +123,7 @@ def make_api(parts: ApiParts) -> FastAPI:
     api.add_api_route("/openapi.json", schema, methods=["GET"], response_model=None)
     api.exception_handler(ApiError)(refused)
     api.exception_handler(HTTPException)(no_such_route)
-    api.add_middleware(RequestScope)
+    api.add_middleware(RequestScope, behind_serve=parts.behind_serve)
     return api
 
 

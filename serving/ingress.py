@@ -119,6 +119,7 @@ class Ingress:
             draining=lambda: self._gate.draining,
             citation_shapes=config.citation_shapes,
             log_content=config.log_content,
+            behind_serve=True,
         )
         api = make_api(parts)
         mount_page(api)

@@ -3,6 +3,8 @@
 In: ASGI messages. Out: the same with `x-request-id` and `x-rayft-release`; an error that nobody expected leaves as a
 plain 500 and is logged without its message, which may hold the user's text. A caller's own `x-request-id` is sent back
 where it is short and plain, so that it can stand in logs; the id of an answer, which feedback names, is always ours.
+Ray Serve adds the header to every response itself, with the caller's own value whatever it holds, or one that it made:
+behind it, only an id that differs is sent, which stands beside Serve's.
 Not covered: the routes (serving/api.py).
 """
 
@@ -26,9 +28,10 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class RequestScope:
     """ASGI middleware; puts `request_id` into the request's state, and reads `release` from there."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        """Wraps an application."""
+    def __init__(self, app: ASGIApp, *, behind_serve: bool = False) -> None:
+        """Wraps an application; `behind_serve`: Ray Serve adds the request's own id to the response."""
         self._app = app
+        self._behind_serve = behind_serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on."""
@@ -46,7 +49,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = state["request_id"]
+                if not (self._behind_serve and state["request_id"] == given):
+                    headers[REQUEST_ID] = state["request_id"]
                 if release := state.get("release"):
                     headers[RELEASE] = release
             await send(message)

@@ -284,6 +284,15 @@ def test_request_id_of_the_caller_is_sent_back_where_it_is_plain(service):
     assert service.post("nope").headers["x-request-id"] != service.post("nope").headers["x-request-id"]
 
 
+def test_request_id_that_serve_adds_is_not_sent_twice():
+    """Ray Serve's proxy appends the id that it passed on."""
+    service = Service(behind_serve=True)
+    body = {"model": "raft", "messages": USER}
+    assert "x-request-id" not in service.send("/v1/chat/completions", body, **{"x-request-id": "abc-1.2_3"}).headers
+    ours = service.send("/v1/chat/completions", body, **{"x-request-id": "a b"}).headers["x-request-id"]
+    assert ours.startswith("req-")
+
+
 def test_completions_answer_a_prompt(service):
     body = service.send("/v1/completions", {"model": "rayft-raft", "prompt": [QUESTION], "max_tokens": 9}).json()
     assert body["object"] == "text_completion" and body["id"].startswith("cmpl-")

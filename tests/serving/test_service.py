@@ -98,7 +98,9 @@ def test_service_answers_streams_drains_and_leaves_nothing_behind(tiny_models, p
     recipe = recipe_of(port=port, max_queued_requests=8, drain_s=20, host="127.0.0.1")
     with ray_session(RayConfig(num_cpus=2)):
         with running_app(application(recipe, TinyEngines(tiny_models)), recipe.serve) as url:
-            assert httpx.get(f"{url}/readyz").status_code == 200
+            ready = httpx.get(f"{url}/readyz", headers={"x-request-id": "mine-1"})
+            assert ready.status_code == 200 and ready.headers.get_list("x-request-id") == ["mine-1"]
+            assert len(httpx.get(f"{url}/healthz").headers.get_list("x-request-id")) == 1
             for strategy in ("base", "rag", "raft", "finetuned", "finetuned_rag", "hybrid", "auto"):
                 reply = ask_over_http(url, "What is the capital of Greece?", f"rayft-{strategy}")
                 assert reply.details["release"] == "release/test/v0"
