@@ -36,13 +36,14 @@ def measure(requests: int, clients: int) -> float:
     from cluster.session import ray_session
 
     api = FastAPI()
+    options = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 0.1}}
 
-    @serve.deployment(max_ongoing_requests=1000)
+    @serve.deployment(**options)
     class Last:
         async def answer(self) -> int:
             return 1
 
-    @serve.deployment(max_ongoing_requests=1000)
+    @serve.deployment(**options)
     class Middle:
         def __init__(self, last: serve.handle.DeploymentHandle) -> None:
             self._last = last
@@ -50,7 +51,7 @@ def measure(requests: int, clients: int) -> float:
         async def answer(self) -> int:
             return int(await self._last.answer.remote()) + 1
 
-    @serve.deployment(max_ongoing_requests=1000)
+    @serve.deployment(**options)
     @serve.ingress(api)
     class First:
         def __init__(self, middle: serve.handle.DeploymentHandle) -> None:
@@ -62,8 +63,8 @@ def measure(requests: int, clients: int) -> float:
 
     url = f"http://127.0.0.1:{PORT}/"
     with ray_session(RayConfig()):
-        options = {"logging_config": {"log_level": "ERROR", "enable_access_log": False}}
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT}, **options)
+        quiet = {"log_level": "ERROR", "enable_access_log": False}
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT}, logging_config=quiet)
         serve.run(First.bind(Middle.bind(Last.bind())))
         try:
             run_load(url, [{}] * WARM_UP, clients)
