@@ -8,6 +8,7 @@ Not covered: bringing the application up and down (serving/service.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ class Sources:
 
 def assemble(settings: IngressSettings, sources: Sources, desk: DeskSettings | None = None) -> serve.Application:
     """The application; queues are bounded at ingress, so the deployments behind it take what ingress lets in."""
+    if desk is not None:  # a replica has another working directory, where a relative path names another database
+        kept = settings.recipe.feedback.model_copy(update={"url": desk.url})
+        settings = dataclasses.replace(settings, recipe=settings.recipe.model_copy(update={"feedback": kept}))
     config = settings.recipe.serve
     in_flight = settings.recipe.max_in_flight
     behind = (2 * in_flight + 8) * config.ingress.max_replicas  # `hybrid` asks twice

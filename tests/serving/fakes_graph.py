@@ -221,10 +221,10 @@ def recipe_of(**serve):
     )
 
 
-def app_of(recipe, releases=None, version="v0", engines=None, retrievers=None, *, index=True):
+def app_of(recipe, releases=None, version="v0", engines=None, retrievers=None, *, index=True, desk=None):
     settings = IngressSettings(recipe, release_of(version, index=index), NoParts(), NoKeys(), releases)
     return assemble(
-        settings, Sources(engines or NamingEngines(), (retrievers or NamingRetrievers()) if index else None)
+        settings, Sources(engines or NamingEngines(), (retrievers or NamingRetrievers()) if index else None), desk
     )
 
 

@@ -5,7 +5,8 @@ from cluster.errors import ArtifactError, UserError
 from cluster.releases import Release
 from cluster.stage import Outcome, Plan, run_stage
 from cluster.store import ArtifactRef
-from serving.config import DeploymentConfig, ServingRecipe
+from serving.config import DeploymentConfig, FeedbackConfig, ServingRecipe
+from serving.feedback import DeskSettings
 from serving.graph import SIDE_CPUS, _check_gpus, claims, scaling
 from serving.opened_release import pins_of, served_release
 from tests.serving.fakes_graph import app_of, recipe_of
@@ -79,6 +80,18 @@ def test_graph_without_an_index_has_no_retriever_and_one_without_quotas_no_ledge
     one = recipe_of(tenants=tenants)
     several = recipe_of(tenants=tenants, ingress={"min_replicas": 2, "max_replicas": 2})
     assert "quotas" not in deployments_of(app_of(one)) and "quotas" in deployments_of(app_of(several))
+
+
+def test_replicas_find_the_feedback_database_whatever_their_working_directory(tmp_path, monkeypatch):
+    """Quotas keep their counts in it, too."""
+    monkeypatch.chdir(tmp_path)
+    several = recipe_of(tenants={"acme": {"tokens_per_day": 5}}, ingress={"min_replicas": 2, "max_replicas": 2})
+    for recipe in (several, recipe_of(tenants={"acme": {"tokens_per_day": 5}})):
+        recipe = recipe.model_copy(update={"feedback": FeedbackConfig(url="sqlite:///.rayft/feedback.db")})
+        found = deployments_of(app_of(recipe, desk=DeskSettings.of(recipe)))
+        url = f"sqlite:///{tmp_path}/.rayft/feedback.db"
+        assert found["ingress"].init_args[0].recipe.feedback.url == found["feedback"].init_args[0].url == url
+        assert "quotas" not in found or found["quotas"].init_args[0] == url
 
 
 def test_graph_claims_what_its_own_deployments_need_and_no_more():
