@@ -260,6 +260,21 @@ def test_hybrid_cited_answer_is_given_although_the_closed_book_one_failed_before
     assert made.answer == "Athens" and made.usage.completion_tokens == len(CITED)
 
 
+@pytest.mark.parametrize("failing", ["raft", "finetuned"])
+def test_hybrid_raises_the_error_of_a_leg_that_the_answer_needs(failing):
+    class Failing(Graph):
+        async def stream(self, request, pins):
+            if failing in request.adapter:
+                yield Completion(request.request_id, finish_reason="error", error="out of memory")
+                return
+            async with contextlib.aclosing(super().stream(request, pins)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    with pytest.raises(GenerationFailedError, match="out of memory"):
+        answered(conversation(Failing({"raft": UNVERIFIED})), ask("hybrid"))
+
+
 def test_hybrid_waits_for_the_closed_book_answer_where_no_quote_verifies():
     graph = Graph({"raft": UNVERIFIED}, delay_s={"finetuned": 0.002})
     made = answered(conversation(graph), ask("hybrid"))
