@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.conditions import describe_conditions
 from cluster.store import Store
 from retrieval.config import CorpusConfig
+from retrieval.encoder import default_device, resolve_precision
 from serving.intents import TrainedIntents
 from training.config import TrainingRecipe
 from training.intent_model import IntentModel, load_intent_model
@@ -51,11 +52,19 @@ def run(data: Path, features: str, seed: int, folder: Path) -> dict[str, Any]:
     artifact = train_router(recipe, store)
     seconds = time.perf_counter() - began
     texts, intents = read(data / "validation.jsonl")
-    embeddings = cached_embeddings(query_encoder(recipe, store), texts) if features == "embedding" else None
+    source = query_encoder(recipe, store)
+    embeddings = cached_embeddings(source, texts) if features == "embedding" else None
+    read_as = f"embedding in {resolve_precision(source, default_device())}" if features == "embedding" else features
     model = load_intent_model(artifact.directory(), str(artifact.ref))
     figures = measure(model, model.best(texts, embeddings), intents)
     milliseconds = latency_ms(model, texts[:TIMED], embeddings)
-    return {**figures, "seconds": seconds, "latency_ms": milliseconds, "threshold": model.threshold}
+    return {
+        **figures,
+        "features": read_as,
+        "seconds": seconds,
+        "latency_ms": milliseconds,
+        "threshold": model.threshold,
+    }
 
 
 def latency_ms(model: IntentModel, texts: Sequence[str], embeddings: Any) -> float:
@@ -89,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found = run(options.data, features, seed, Path(folder))
             accuracy, recall = found["accuracy_in_scope"], found["out_of_scope_recall"]
             print(
-                f"{features}, seed {seed}: accuracy in scope {told(accuracy)} (n={found['in_scope']:,}), out-of-scope "
-                f"recall {told(recall)} (n={found['out_of_scope']:,}) at the default threshold "
+                f"{found['features']}, seed {seed}: accuracy in scope {told(accuracy)} (n={found['in_scope']:,}), "
+                f"out-of-scope recall {told(recall)} (n={found['out_of_scope']:,}) at the default threshold "
                 f"{found['threshold']:.3f}; without a threshold {told(found['closed_accuracy'])}; ECE "
                 f"{found['ece']:.3f}; trained in {found['seconds']:.0f} s, {found['latency_ms']:.2f} ms per question"
             )
