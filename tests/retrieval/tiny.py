@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from retrieval.config import ChunkingConfig, CorpusConfig, EncoderConfig, IndexConfig, RetrievalRecipe
 
 COUNTRIES = ("Austria", "Bulgaria", "Chile", "Denmark", "Estonia", "Finland", "Ghana", "Hungary")
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOODS = ("timber", "roses", "copper", "cheese", "software", "paper", "cocoa", "paprika")
 
 
@@ -35,20 +37,28 @@ def write_corpus(path: Path) -> Path:
 
 
 def tiny_encoder(directory: Path, texts: Sequence[str] = (), max_tokens: int = 128, seed: int = 3) -> Path:
-    """Save a random one-layer BERT with a WordPiece vocabulary trained on `texts`; 32 dimensions, mean pooling."""
+    """Save a random one-layer BERT with the words of `texts` as its vocabulary; 32 dimensions, mean pooling. The same
+    bytes each time: a trained WordPiece vocabulary is another one in every process, and so are all hits."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(texts or [country_text(place) for place in range(len(COUNTRIES))], trainer)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    known = texts or [country_text(place) for place in range(len(COUNTRIES))]
+    words = Counter(word for text in known for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    letters = sorted({letter for word in words for letter in word})
+    pieces = [
+        *SPECIALS,
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        *(word for word, _ in words.most_common(400)),
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     transformer_directory = directory.with_name(directory.name + "-bert")
     PreTrainedTokenizerFast(

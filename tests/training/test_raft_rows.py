@@ -90,7 +90,8 @@ def test_raft_any_row_keeps_its_promises(corpus, source, policy, golden_fraction
     for found, is_golden in zip(row.passages, row.golden, strict=True):
         assert is_golden == (place.matches(found) and mentions(answer, found.text))
         if not is_golden:
-            assert answer not in found.text
+            # An answer that a tenth of the corpus holds tells nothing (ten passages at least).
+            assert answer not in found.text or not made._pool.tells(answer)
             assert found.doc_id != golden.doc_id or not whole
     assert all(any(quote in p.text for p in row.passages) for quote in row.quotes)
     assert bool(row.quotes) == row.golden_present

@@ -1,6 +1,7 @@
 import math
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -31,6 +32,12 @@ def scalars(directory):
     return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def next_second() -> None:
+    """Event files are read in the order of their names, which begin with the second in which they were opened; then
+    comes a counter of the process, as text: `10` before `9`. Runs that follow each other are further apart."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_tensorboard_event_files_hold_numbers_and_nothing_else(tmp_path):
     tracker = open_tracker(recipe("tensorboard"), tmp_path / "tb", "tiny-raft")
     tracker.log(1, {"loss": 2.5, "epoch": 1, "f1": None, "device": "cpu", "gap": math.nan})
@@ -45,6 +52,7 @@ def test_tensorboard_resumed_run_replaces_what_was_written_past_the_checkpoint(t
     for step in (1, 2, 3):
         lost.log(step, {"loss": 9.0})
     lost.close()
+    next_second()
     resumed = open_tracker(recipe("tensorboard"), tmp_path, "tiny-raft", first_step=1)
     resumed.log(2, {"loss": 1.0})
     resumed.close()
@@ -56,6 +64,7 @@ def test_tensorboard_run_killed_before_its_first_checkpoint_is_replaced(tmp_path
         tracker = open_tracker(recipe("tensorboard"), tmp_path, "tiny-raft")
         tracker.log(1, {"loss": loss})
         tracker.close()
+        next_second()
     assert scalars(tmp_path)["loss"] == [(1, 1.0)]
 
 
